@@ -1,0 +1,105 @@
+"""Which parameters of a model are tapped, which are not, and why."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from eva_optax._linen import Interceptor
+from eva_optax._pairing import Path, find_layers, is_probe, leaves_by_path
+
+_ELEMENTWISE = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
+
+
+class CoverageRow(NamedTuple):
+    """One parameter: its path, shape, whether it is tapped, and if not, why."""
+
+    path: str
+    shape: tuple[int, ...]
+    tapped: bool
+    reason: str
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return int(np.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The coverage report of a model; its string form is a table.
+
+    Attributes:
+      rows: one `CoverageRow` for each parameter, probes apart, in the order of the tree.
+    """
+
+    rows: tuple[CoverageRow, ...]
+
+    @property
+    def tapped(self) -> int:
+        """The number of entries in tapped parameters."""
+        return sum(row.size for row in self.rows if row.tapped)
+
+    @property
+    def total(self) -> int:
+        """The number of entries in all parameters."""
+        return sum(row.size for row in self.rows)
+
+    @property
+    def share(self) -> float:
+        """The share of the parameters that is tapped, between 0 and 1."""
+        return self.tapped / self.total if self.total else 0.0
+
+    @property
+    def untapped(self) -> dict[str, str]:
+        """The reason for each parameter that is not tapped, by path."""
+        return {row.path: row.reason for row in self.rows if not row.tapped}
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(caption=f"{self.tapped:,} of {self.total:,} parameters tapped ({self.share:.1%})")
+        for column in ("parameter", "shape", "entries", "tapped"):
+            table.add_column(column, justify="right" if column == "entries" else "left", overflow="fold")
+        for row in self.rows:
+            shape = "×".join(map(str, row.shape)) or "scalar"
+            table.add_row(row.path, shape, f"{row.size:,}", "yes" if row.tapped else f"no: {row.reason}")
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get().rstrip()
+
+
+def linen_coverage(module: nn.Module, embeddings: bool, *args: Any, **kwargs: Any) -> Coverage:
+    """`coverage` of a Linen module."""
+    interceptor = Interceptor(embeddings)
+    with nn.intercept_methods(interceptor):
+        variables = jax.eval_shape(lambda key: module.init(key, *args, **kwargs), jax.random.key(0))
+    leaves = leaves_by_path(variables.get("params", {}))
+    layers = find_layers(leaves)
+    tapped = {path for layer in layers for path in (layer.kernel, layer.bias)}
+
+    def row(path: Path) -> CoverageRow:
+        shape = tuple(leaves[path].shape)
+        reason = "" if path in tapped else _reason(path, shape, interceptor)
+        return CoverageRow("/".join(path), shape, path in tapped, reason)
+
+    return Coverage(tuple(row(path) for path in leaves if not is_probe(path)))
+
+
+def _reason(path: Path, shape: tuple[int, ...], interceptor: Interceptor) -> str:
+    if path in interceptor.reasons:
+        return interceptor.reasons[path]
+    module = interceptor.classes.get(path[:-1])
+    kernel = next((reason for known, reason in interceptor.reasons.items() if known[:-1] == path[:-1]), None)
+    if kernel is not None:
+        return f"beside an untapped kernel ({kernel})"
+    if module is not None and issubclass(module, _ELEMENTWISE):
+        return f"{module.__name__}: scales or shifts element by element"
+    if len(shape) < 2:
+        return "a vector, not a matrix"
+    owner = "its module" if module is None else module.__name__
+    return f"{owner} has no rule: its parameter is used directly"

@@ -1,0 +1,280 @@
+"""`scale_by_eva`: Eva as an Optax gradient transformation."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from eva_optax._pairing import (
+    Path,
+    TappedLayer,
+    find_layers,
+    is_probe,
+    leaves_by_path,
+    path_names,
+    true_vectors,
+)
+from eva_optax._rank_one import RankOne, Sums, apply_rank_one, eva_step, layer_sums, rank_one_products
+from eva_optax._tap import accumulator
+
+StepRule = Literal["none", "kl_clip", "kl_norm", "grad_norm"]
+
+
+class ScaleByEvaState(NamedTuple):
+    """State of `scale_by_eva`.
+
+    Attributes:
+      count: steps taken, int32 scalar.
+      vectors: the running vectors, shaped like the parameters: each probe holds the averages `a` and `b`, and in `n` 1
+        as soon as there is one; everything else is an `optax.MaskedNode`.
+      skipped: how many times a layer was skipped because its vectors were not finite, int32 scalar.
+      nu: the last step-size factor ν, float scalar.
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    vectors: Any
+    skipped: Array
+    nu: Array
+
+
+def scale_by_eva(
+    damping: ArrayLike = 0.1,
+    *,
+    relative: bool = True,
+    decay: ArrayLike = 0.05,
+    step_rule: StepRule = "none",
+    kl_clip: ArrayLike = 1e-3,
+    learning_rate: ArrayLike | Callable[[Array], ArrayLike] = 1.0,
+) -> optax.GradientTransformation:
+    r"""Preconditions the gradient of each tapped layer with its Kronecker vectors.
+
+    With G the gradient of kernel and bias as one matrix, a (with a 1 for the bias) the running mean input, b the
+    running summed output cotangent and γ the damping,
+
+    .. math::
+      P = G - \frac{\langle G, a b^\top \rangle}{(1 + \mathrm{damping}) \|a\|^2 \|b\|^2}\, a b^\top
+      \quad (\text{relative}), \qquad
+      P = \frac{1}{\gamma}\Bigl(G - \frac{\langle G, a b^\top \rangle}{\gamma + \|a\|^2 \|b\|^2}\, a b^\top\Bigr)
+      \quad (\text{absolute}),
+
+    and every P is multiplied by one factor ν:
+
+    ===========  =====================================================================  =======================
+    step_rule    ν                                                                      source
+    ===========  =====================================================================  =======================
+    "none"       1
+    "kl_clip"    :math:`\min(1, \sqrt{\kappa / (\eta^2 \sum \langle P, G \rangle)})`    ICLR paper
+    "kl_norm"    :math:`1 / \sqrt{\sum \langle P, G \rangle}`, P without the 1/γ        extended paper
+    "grad_norm"  :math:`\sqrt{\sum \|G\|^2 / \sum \|P\|^2}`                             reference code
+    ===========  =====================================================================  =======================
+
+    Put it first in a chain, before any optimizer: ``optax.chain(scale_by_eva(), optax.sgd(0.1, momentum=0.9))``.
+    Parameters that are not tapped keep their gradient and do not enter ν; updates of probes are zero. A layer whose
+    vectors are not finite keeps its averages and its gradient for that step, and `skipped` counts it. A layer whose
+    gradient is not finite, or that was not used, passes its gradient on.
+
+    Vectors that are nothing but rounding noise arrive here as exact zeros (the tap compares the norm of each sum with
+    the rounding error of its terms): where the summed cotangent cancels, as in a layer before BatchNorm, P is G
+    (G/γ with absolute damping).
+
+    Args:
+      damping: γ, or with `relative` its ratio to ‖a‖²‖b‖²; > 0. Number or scalar array.
+      relative: scale-free damping. The update keeps the gradient's scale and goes with any optimizer at its own
+        learning rate. False is the paper's formula, whose damping depends on the scale of the loss.
+      decay: weight of the old value in the running averages, in [0, 1); the first value is taken as it is.
+      step_rule: how ν is found, see above.
+      kl_clip: κ of "kl_clip"; > 0.
+      learning_rate: η of "kl_clip": the rate, or the schedule, that is applied after this transformation.
+
+    Returns:
+      An `optax.GradientTransformation` with state `ScaleByEvaState`. Averages are float32 (float64 beside float64
+      parameters) whatever the gradients' dtype; updates have the gradients' shapes and dtypes.
+
+    Raises:
+      ValueError: for an option out of its range; at init, if the parameters hold no probes; at update, if the gradients
+        hold none, or if a layer's vectors, kernel and state do not fit.
+
+    Source: Zhang, Shi and Li, "Eva: Practical Second-order Optimization with Kronecker-vectorized Approximation", ICLR
+    2023 (the Sherman-Morrison update and the KL clip); extended version arXiv:2308.02123 (the KL normalization).
+
+    Example:
+      >>> import eva_optax, flax.linen as nn, jax, jax.numpy as jnp, optax
+      >>> model, x = eva_optax.tap(nn.Dense(2)), jnp.ones((4, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> tx = optax.chain(eva_optax.scale_by_eva(), optax.sgd(0.1))
+      >>> state = tx.init(params)
+      >>> grads = jax.grad(lambda p: model.apply({"params": p}, x).sum())(params)
+      >>> updates, state = tx.update(grads, state, params)
+      >>> updates["bias"]  # all inputs are equal, so that G = a b exactly and P = G (1 - 1 / 1.1)
+      Array([-0.03636365, -0.03636365], dtype=float32)
+    """
+    _check_options(damping, decay, step_rule, kl_clip)
+
+    def init(params: Any) -> ScaleByEvaState:
+        leaves = leaves_by_path(params)
+        if leaves and not any(map(is_probe, leaves)):
+            raise ValueError(
+                "eva_optax.scale_by_eva: the parameters hold no probes, so that no Kronecker vectors can be collected. "
+                "Tap the model before its parameters are made: model = eva_optax.tap(model); variables = model.init(key, x)."
+                " For parameters that exist already: params = eva_optax.attach(model, params, x)."
+            )
+        find_layers(leaves)
+
+        def start(path: Any, leaf: Any) -> Any:
+            names = path_names(path)
+            if not is_probe(names) or names[-1] == "unit":
+                return optax.MaskedNode()
+            return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
+
+        averages = jax.tree_util.tree_map_with_path(start, params)
+        dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(averages)))
+        zero = jnp.zeros((), jnp.int32)
+        return ScaleByEvaState(zero, averages, jnp.zeros_like(zero), jnp.ones((), dtype))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByEvaState]:
+        del params
+        leaves, averages = leaves_by_path(updates), leaves_by_path(state.vectors)
+        layers = find_layers(leaves)
+        if not layers and leaves:
+            raise ValueError(
+                "eva_optax.scale_by_eva: the updates hold no tapped layer. Give it the gradients of all parameters, "
+                'probes included (below "kronecker" in each layer), before anything that flattens or drops them.'
+            )
+        steps = [_read(layer, leaves, averages, decay) for layer in layers]
+        steps = [
+            step._replace(rank_one=eva_step(step.sums, damping, relative, step_rule == "kl_norm")) for step in steps
+        ]
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        nu = _step_size(steps, step_rule, kl_clip, rate, state.nu.dtype)
+
+        outputs = {path: jnp.zeros_like(leaf) for path, leaf in leaves.items() if is_probe(path)}
+        skipped = state.skipped
+        for step in steps:
+            outputs |= _write(step, nu, leaves)
+            averages |= step.averages
+            skipped += step.broken
+        return _replace(updates, outputs), ScaleByEvaState(
+            jnp.asarray(optax.safe_increment(state.count)), _replace(state.vectors, averages), skipped, nu
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+class _LayerStep(NamedTuple):
+    """One layer within an update: gradients and running vectors in its view, and what was found about them."""
+
+    layer: TappedLayer
+    kernel: Array
+    bias: Array | None
+    a: Array
+    b: Array
+    sums: Sums
+    healthy: Array  # used, vectors and gradient finite; one flag for each stacked layer, in the view
+    broken: Array  # how many stacked layers have vectors that are not finite beside a finite gradient
+    averages: dict[Path, Array]  # what goes to the state
+    rank_one: RankOne | None = None
+
+
+def _read(layer: TappedLayer, leaves: dict[Path, Array], averages: dict[Path, Array], decay: ArrayLike) -> _LayerStep:
+    """Averages the layer's vectors and takes its sums: the first of the two reads of its gradient."""
+    layout, probe = layer.layout, layer.probe
+    old_a, old_b, seen = (averages[probe[name]] for name in ("a", "b", "n"))
+    if (old_a.shape, old_b.shape, seen.shape) != (layout.a, layout.b, layout.counter):
+        raise ValueError(
+            f"eva_optax.scale_by_eva: the state of layer {layer.name!r} has vectors of shapes a {old_a.shape}, "
+            f"b {old_b.shape} and counter {seen.shape}, the gradients a {layout.a}, b {layout.b} and counter "
+            f"{layout.counter}. Make the state with tx.init(params) from the parameters that are trained."
+        )
+    (a, b), used = true_vectors(layer, leaves.__getitem__)
+    finite = layout.all_per_layer(jnp.isfinite(a)) & layout.all_per_layer(jnp.isfinite(b))
+    decay = jnp.asarray(decay, a.dtype)
+    take, first = layout.spread_counter(used & finite), layout.spread_counter(seen == 0)
+
+    def running(old: Array, new: Array) -> Array:
+        return jnp.where(take, jnp.where(first, new, decay * old + (1 - decay) * new), old)
+
+    a, b = running(old_a, a), running(old_b, b)
+    gradient = jnp.asarray(leaves[layer.kernel])
+    kernel = layout.view(gradient.astype(accumulator(gradient.dtype)))
+    bias = None
+    if layer.bias is not None:
+        bias = layout.view(layout.spread_bias(jnp.asarray(leaves[layer.bias]).astype(kernel.dtype)))
+    sums = layer_sums(layout, kernel, bias, layout.view(a), layout.view(b))
+
+    # Whether the gradient is finite comes out of the sums, so that it costs no read. The vectors taken above serve the
+    # sums only; the state takes them if the gradient is finite too.
+    finite_gradient = layout.all_per_layer(jnp.isfinite(layout.unview(sums.gg, layout.batch_shape)))
+    healthy = used & finite & finite_gradient
+    keep = layout.spread_counter(healthy)
+    new = {"a": jnp.where(keep, a, old_a), "b": jnp.where(keep, b, old_b), "n": jnp.where(healthy, 1, seen)}
+    return _LayerStep(
+        layer,
+        kernel,
+        bias,
+        layout.view(a),
+        layout.view(b),
+        sums,
+        healthy=layout.view(keep),
+        broken=jnp.sum(used & ~finite & finite_gradient, dtype=jnp.int32),
+        averages={probe[name]: value.astype(averages[probe[name]].dtype) for name, value in new.items()},
+    )
+
+
+def _write(step: _LayerStep, nu: Array, leaves: dict[Path, Array]) -> dict[Path, Array]:
+    """The updates of the layer's kernel and bias: the second read of its gradient."""
+    assert step.rank_one is not None
+    layer, layout = step.layer, step.layer.layout
+    factor = jnp.where(step.healthy, step.rank_one.factor * nu.astype(step.a.dtype), 1)
+    coefficient = jnp.where(step.healthy, step.rank_one.coefficient, 0)
+    kernel, bias = apply_rank_one(RankOne(factor, coefficient), step.kernel, step.bias, step.a, step.b)
+    like = leaves[layer.kernel]
+    updates = {layer.kernel: layout.unview(kernel, layout.kernel).astype(like.dtype)}
+    if layer.bias is not None and bias is not None:
+        bias = layout.gather_bias(layout.unview(bias, layout.b))
+        updates[layer.bias] = bias.astype(leaves[layer.bias].dtype)
+    return updates
+
+
+def _step_size(
+    steps: list[_LayerStep], step_rule: StepRule, kl_clip: ArrayLike, rate: ArrayLike, dtype: DTypeLike
+) -> Array:
+    """ν from the sums over all healthy layers; 1 where it is not defined."""
+    if step_rule == "none":
+        return jnp.ones((), dtype)
+    gg = pg = pp = jnp.zeros((), dtype)
+    for step in steps:
+        assert step.rank_one is not None
+        products = (step.sums.gg, *rank_one_products(step.sums, step.rank_one))
+        here = [jnp.sum(jnp.where(step.healthy, product, 0)).astype(dtype) for product in products]
+        gg, pg, pp = gg + here[0], pg + here[1], pp + here[2]
+    if step_rule == "kl_clip":
+        numerator, denominator = jnp.asarray(kl_clip, dtype), jnp.asarray(rate, dtype) ** 2 * pg
+    elif step_rule == "kl_norm":
+        numerator, denominator = jnp.ones((), dtype), pg
+    else:
+        numerator, denominator = gg, pp
+    defined = denominator > 0
+    nu = jnp.where(defined, jnp.sqrt(numerator / jnp.where(defined, denominator, 1)), 1)
+    return jnp.minimum(nu, 1) if step_rule == "kl_clip" else nu
+
+
+def _replace(tree: Any, leaves: dict[Path, Array]) -> Any:
+    """`tree` with the leaves that `leaves` names."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(path_names(path), leaf), tree)
+
+
+def _check_options(damping: ArrayLike, decay: ArrayLike, step_rule: str, kl_clip: ArrayLike) -> None:
+    for name, value in (("damping", damping), ("kl_clip", kl_clip)):
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"eva_optax.scale_by_eva: {name} must be greater than 0, got {value}.")
+    if isinstance(decay, int | float) and not 0 <= decay < 1:
+        raise ValueError(
+            f"eva_optax.scale_by_eva: decay must lie in [0, 1), got {decay}. It is the weight of the old average; the "
+            "reference code's factor_decay is the weight of the new value, 1 - decay."
+        )
+    if step_rule not in get_args(StepRule):
+        raise ValueError(f"eva_optax.scale_by_eva: step_rule must be one of {get_args(StepRule)}, got {step_rule!r}.")

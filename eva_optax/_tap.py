@@ -1,0 +1,151 @@
+"""The tap: an identity on a layer's output whose backward pass yields the Kronecker vectors.
+
+Next to every tapped kernel sits a *probe*, a small dict of zeros among the parameters:
+
+    a     the kernel's shape, output axes of size 1   <- receives the mean input
+    b     the kernel's shape, input axes of size 1    <- receives the summed output cotangent
+    n     all axes of size 1                          <- receives 1 per call of the layer
+    unit  as n                                        <- tells the unit that the others are stored in
+
+The values of a probe are never used: only its gradient is. Nothing in this file knows Flax.
+"""
+
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+Probe = dict[str, Any]
+PROBE_LEAVES = ("a", "b", "n", "unit")
+
+# Stored in this unit the vectors are far below the rounding of any gradient, so that a global norm or a clip that
+# is placed before Eva does not see them. A power of two: only exponents change. Half precision has no exponents
+# that small and stores the vectors as they are.
+UNIT = 2.0**-40
+
+# A sum of terms that cancel leaves rounding noise. Each term carries its own rounding error, and the accumulation
+# adds errors of the accumulator; these factors cover what BatchNorm leaves in bfloat16, float32 and float64.
+TERM_ROUNDINGS = 2.0
+ACCUMULATOR_ROUNDINGS = 8.0
+
+
+class Rule(Protocol):
+    """How one kind of layer computes its two Kronecker vectors; hashable, because it is static under `jit`."""
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def probe_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a and of b."""
+        ...
+
+    def mean_input(self, x: Array) -> Array:
+        """a: the layer's input averaged over batch and positions, at least float32."""
+        ...
+
+    def sum_cotangent(self, dy: Array) -> Array:
+        """b: the cotangent of the layer's output summed over batch and positions, at least float32."""
+        ...
+
+
+def accumulator(dtype: DTypeLike) -> Any:
+    """The dtype in which sums and averages of `dtype` are taken: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def make_probe(rule: Rule, count_rank: int, dtype: DTypeLike) -> Probe:
+    """A probe of zeros for `rule`; its counters have rank `count_rank`: the bias's, or the kernel's without a bias."""
+    a, b = rule.probe_shapes
+    shapes = {"a": a, "b": b, "n": (1,) * count_rank, "unit": (1,) * count_rank}
+    return {name: jnp.zeros(shape, accumulator(dtype)) for name, shape in shapes.items()}
+
+
+def tap(rule: Rule, has_bias: bool, probe: Probe, x: Array, y: Array) -> Array:
+    """Returns `y`; differentiated, gives `probe` the Kronecker vectors of the layer `y = x·W + bias` as cotangent.
+
+    Args:
+      rule: how the layer's vectors are computed.
+      has_bias: whether the layer adds a bias, that is, whether its homogeneous input is (a, 1).
+      probe: the layer's probe.
+      x: the layer's input.
+      y: the layer's output.
+
+    Returns:
+      `y`, unchanged.
+
+    Raises:
+      ValueError: when differentiated, if the batch is empty.
+    """
+    # Inside `shard_map` a cotangent must vary over the same mesh axes as its primal. Casting the probe also makes
+    # JAX sum its cotangent over those axes, as it does for the kernel.
+    varying = _varying_axes(x) | _varying_axes(y)
+    probe = {name: _vary(leaf, varying) for name, leaf in probe.items()}
+    return _tap(rule, has_bias, probe, x, y)
+
+
+def _varying_axes(x: Array) -> frozenset[str]:
+    """The mesh axes of the enclosing `shard_map` over which `x` may differ."""
+    aval = jax.typeof(x)
+    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # renamed in JAX 0.10
+
+
+def _vary(leaf: Array, axes: frozenset[str]) -> Array:
+    missing = tuple(sorted(axes - _varying_axes(leaf)))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tap(rule: Rule, has_bias: bool, probe: Probe, x: Array, y: Array) -> Array:
+    return y
+
+
+def _tap_forward(rule: Rule, has_bias: bool, probe: Probe, x: Array, y: Array) -> tuple[Array, tuple[Array, Probe]]:
+    if x.size == 0 or y.size == 0:
+        raise ValueError(
+            f"eva_optax: a tapped layer got an empty batch (input of shape {x.shape}, kernel of shape "
+            f"{rule.kernel_shape}): its mean input is not defined. Drop empty batches before the training step."
+        )
+    a = rule.mean_input(x)
+    # With a bias the homogeneous input (a, 1) is never noise.
+    if not has_bias and jnp.issubdtype(x.dtype, jnp.floating):
+        a = _drop_noise(a, x, averaged=True)
+    return y, (a, probe)
+
+
+def _tap_backward(rule: Rule, has_bias: bool, residuals: tuple[Array, Probe], dy: Array) -> tuple[Probe, None, Array]:
+    a, probe = residuals
+    b = _drop_noise(rule.sum_cotangent(dy), dy, averaged=False)
+    # A 1 that depends on the data: under `vmap` it is batched, and so summed, whenever a or b is; inside `shard_map`
+    # it varies over every axis that a or b varies over. XLA folds it.
+    one = (jnp.any(jnp.isnan(a)) | jnp.any(jnp.isnan(b)) | True).astype(a.dtype)
+
+    def cotangent(value: Array, name: str, power: int = 1) -> Array:
+        leaf = probe[name]
+        unit = 1.0 if leaf.dtype == jnp.float16 else UNIT
+        return jnp.broadcast_to(value * (unit**power), leaf.shape).astype(leaf.dtype)
+
+    counted = {"a": a * one, "b": b * one.astype(b.dtype), "n": one}
+    cotangents = {name: cotangent(value, name) for name, value in counted.items()}
+    return cotangents | {"unit": cotangent(one, "unit", power=2)}, None, dy
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+def _drop_noise(vector: Array, terms: Array, *, averaged: bool) -> Array:
+    """`vector`, or zeros if its norm is no larger than the rounding error of the sum that it came from.
+
+    BatchNorm makes the cotangents before it, and the activations after it, cancel exactly in exact arithmetic. What
+    floating point leaves has a random direction, and scale-free preconditioning would give it full weight.
+    """
+    count = terms.size / vector.size
+    roundings = TERM_ROUNDINGS * float(jnp.finfo(terms.dtype).eps)
+    roundings += ACCUMULATOR_ROUNDINGS * float(jnp.finfo(vector.dtype).eps) * max(count, 1.0) ** 0.5
+    if averaged:
+        roundings /= max(count, 1.0)
+    noise = roundings**2 * jnp.sum(jnp.square(terms.astype(vector.dtype)))
+    return jnp.where(jnp.sum(jnp.square(vector)) <= noise, jnp.zeros_like(vector), vector)
