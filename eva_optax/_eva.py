@@ -119,8 +119,8 @@ def scale_by_eva(
         if leaves and not any(map(is_probe, leaves)):
             raise ValueError(
                 "eva_optax.scale_by_eva: the parameters hold no probes, so that no Kronecker vectors can be collected. "
-                "Tap the model before its parameters are made: model = eva_optax.tap(model); variables = model.init(key, x)."
-                " For parameters that exist already: params = eva_optax.attach(model, params, x)."
+                "Tap the model before its parameters are made: model = eva_optax.tap(model), then model.init(key, x). "
+                "For parameters that exist already: params = eva_optax.attach(model, params, x)."
             )
         find_layers(leaves)
 

@@ -1,0 +1,62 @@
+"""Every code block of the README and every example in a docstring runs."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import warnings
+from pathlib import Path
+
+import jax
+import pytest
+
+import eva_optax
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+MODULES = [f"eva_optax.{module.name}" for module in pkgutil.iter_modules(eva_optax.__path__)]
+
+
+@pytest.fixture(autouse=True)
+def as_a_user():
+    """A user's session has JAX's own settings."""
+    before = jax.config.jax_numpy_rank_promotion
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_numpy_rank_promotion", before)
+
+
+def side_of_diff(block: str, added: bool) -> str:
+    sign = "+" if added else "-"
+    return "\n".join(line[1:] for line in block.splitlines() if not line or line[0] in (" ", sign))
+
+
+@pytest.mark.parametrize(("language", "block"), BLOCKS, ids=[f"{i}-{block[0]}" for i, block in enumerate(BLOCKS)])
+def test_readme_blocks_run(language: str, block: str):
+    if language == "diff":
+        values = []
+        for added in (False, True):
+            names: dict = {}
+            exec(side_of_diff(block, added), names)
+            values.append(float(names["value"]))
+            assert ("eva_optax" in names) == added
+        assert all(value < 2.0 for value in values)  # ten classes: 2.3 untrained
+    else:
+        assert language == "python"
+        exec(block, {})
+
+
+def test_every_public_name_has_a_runnable_example():
+    for name in eva_optax.__all__:
+        value = getattr(eva_optax, name)
+        assert value.__doc__
+        if not isinstance(value, type):
+            assert ">>>" in value.__doc__, name
+            assert "Source:" in value.__doc__, name
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples(module: str):
+    with warnings.catch_warnings():
+        result = doctest.testmod(importlib.import_module(module))
+    assert result.failed == 0
