@@ -157,7 +157,7 @@ def attach(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         different = sorted(set(shapes[0].items()) ^ set(shapes[1].items()), key=str)
         path = different[0][0]
         raise ValueError(
-            f"eva_optax.attach: params are not those of {type(tapped.module).__name__}. {len(different)} entries differ; "
+            f"eva_optax.attach: params do not fit {type(tapped.module).__name__}. {len(different)} entries differ; "
             f"at {path} the model has shape {shapes[0].get(path, 'none')}, params {shapes[1].get(path, 'none')}. "
             'Give the "params" collection alone, and call the model as in training.'
         )
