@@ -53,9 +53,9 @@ class Layout(NamedTuple):
         if not fits:
             raise ValueError(
                 f"eva_optax: the probe of layer {name!r} does not fit its kernel. The kernel has shape {kernel}, the "
-                f"bias {bias}; the vectors have shapes a {a}, b {b} and counter {counter}, but a must have the kernel's "
-                "shape with its output axes set to 1, and b with its input axes set to 1. Was the checkpoint made "
-                "for another model? eva_optax.strip removes the old probes and eva_optax.attach makes new ones."
+                f"bias {bias}; the vectors have shapes a {a}, b {b} and counter {counter}, but a must have the "
+                "kernel's shape with its output axes set to 1, and b with its input axes set to 1. Was the checkpoint "
+                "made for another model? eva_optax.strip removes the old probes and eva_optax.attach makes new ones."
             )
         return layout
 
