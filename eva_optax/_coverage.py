@@ -1,7 +1,7 @@
 """Which parameters of a model are tapped, which are not, and why."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,6 +9,9 @@ import numpy as np
 
 from eva_optax._linen import Interceptor
 from eva_optax._pairing import Path, find_layers, is_probe, leaves_by_path
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _ELEMENTWISE = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
 
@@ -29,7 +32,7 @@ class CoverageRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Coverage:
-    """The coverage report of a model; its string form is a table.
+    """The coverage report of a model; its string form is a table, and rich prints it as one.
 
     Attributes:
       rows: one `CoverageRow` for each parameter, probes apart, in the order of the tree.
@@ -57,8 +60,7 @@ class Coverage:
         """The reason for each parameter that is not tapped, by path."""
         return {row.path: row.reason for row in self.rows if not row.tapped}
 
-    def __str__(self) -> str:
-        from rich.console import Console
+    def __rich__(self) -> "Table":
         from rich.table import Table
 
         table = Table(caption=f"{self.tapped:,} of {self.total:,} parameters tapped ({self.share:.1%})")
@@ -67,9 +69,14 @@ class Coverage:
         for row in self.rows:
             shape = "×".join(map(str, row.shape)) or "scalar"
             table.add_row(row.path, shape, f"{row.size:,}", "yes" if row.tapped else f"no: {row.reason}")
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=120, color_system=None)
         with console.capture() as capture:
-            console.print(table)
+            console.print(self)
         return capture.get().rstrip()
 
 

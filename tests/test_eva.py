@@ -215,6 +215,12 @@ def test_kl_clip_follows_the_schedule():
     assert nus[0] < nus[1] < nus[2]
 
 
+def test_kl_clip_never_lengthens_the_step():
+    tx = eva_optax.scale_by_eva(step_rule="kl_clip", kl_clip=1e6)
+    _, state = tx.update(dense_case(0), tx.init(dense_case(0)))
+    assert state.nu == 1
+
+
 def test_relative_damping_is_scale_free():
     """A loss a thousand times larger gives an update a thousand times larger: no other effect."""
     tx = eva_optax.scale_by_eva()
