@@ -25,8 +25,8 @@ _PAD_MODES: dict[str, Literal["wrap", "reflect"]] = {"CIRCULAR": "wrap", "REFLEC
 class Convolution:
     """A convolution with channels last and a kernel of shape (*window, input channels / groups, output channels).
 
-    `padding` is "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL" or a (low, high) pair for each spatial axis. With
-    groups, a has the number of groups where other layers have 1: each group is a layer of its own.
+    `padding` is "SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL" or a (low, high) pair for each spatial
+    axis. With groups, a has the number of groups where other layers have 1: each group is a layer of its own.
     """
 
     kernel_shape: tuple[int, ...]
@@ -182,9 +182,10 @@ def _padded_positions(
         positions = np.pad(positions, (window - 1, 0), constant_values=-1)
     positions = _dilate(positions, input_dilation)
     low = high = 0
-    if padding == "SAME":
+    if padding in ("SAME", "SAME_LOWER"):
         missing = max((-(-len(positions) // stride) - 1) * stride + window - len(positions), 0)
-        low, high = missing // 2, missing - missing // 2
+        low = missing // 2 if padding == "SAME" else missing - missing // 2
+        high = missing - low
     elif not isinstance(padding, str):
         low, high = padding[axis]
     positions = np.pad(positions, (max(low, 0), max(high, 0)), constant_values=-1)

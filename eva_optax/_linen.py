@@ -104,7 +104,7 @@ def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
 
 def _padding(padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
     if isinstance(padding, str):
-        return padding
+        return padding.upper()
     pairs = (padding,) * rank if isinstance(padding, int) else padding
     return tuple((pair, pair) if isinstance(pair, int) else tuple(pair) for pair in pairs)
 
