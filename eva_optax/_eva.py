@@ -9,16 +9,9 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from eva_optax._pairing import (
-    Path,
-    TappedLayer,
-    find_layers,
-    is_probe,
-    leaves_by_path,
-    path_names,
-    true_vectors,
-)
+from eva_optax._pairing import Path, TappedLayer, find_layers, is_probe, leaves_by_path, replace_leaves
 from eva_optax._rank_one import RankOne, Sums, apply_rank_one, eva_step, layer_sums, rank_one_products
+from eva_optax._running import settle, start_averages, take_in
 from eva_optax._tap import accumulator
 
 StepRule = Literal["none", "kl_clip", "kl_norm", "grad_norm"]
@@ -124,13 +117,7 @@ def scale_by_eva(
             )
         find_layers(leaves)
 
-        def start(path: Any, leaf: Any) -> Any:
-            names = path_names(path)
-            if not is_probe(names) or names[-1] == "unit":
-                return optax.MaskedNode()
-            return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
-
-        averages = jax.tree_util.tree_map_with_path(start, params)
+        averages = start_averages(params, ("a", "b"))
         dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(averages)))
         zero = jnp.zeros((), jnp.int32)
         return ScaleByEvaState(zero, averages, jnp.zeros_like(zero), jnp.ones((), dtype))
@@ -145,21 +132,19 @@ def scale_by_eva(
                 'probes included (below "kronecker" in each layer), before anything that flattens or drops them.'
             )
         steps = [_read(layer, leaves, averages, decay) for layer in layers]
-        steps = [
-            step._replace(rank_one=eva_step(step.sums, damping, relative, step_rule == "kl_norm")) for step in steps
-        ]
+        rank_ones = [eva_step(step.sums, damping, relative, keep_scale=step_rule == "kl_norm") for step in steps]
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        nu = _step_size(steps, step_rule, kl_clip, rate, state.nu.dtype)
+        nu = _step_size(steps, rank_ones, step_rule, kl_clip, rate, state.nu.dtype)
 
         outputs = {path: jnp.zeros_like(leaf) for path, leaf in leaves.items() if is_probe(path)}
         skipped = state.skipped
-        for step in steps:
-            outputs |= _write(step, nu, leaves)
+        for step, rank_one in zip(steps, rank_ones, strict=True):
+            outputs |= _write(step, rank_one, nu, leaves)
             averages |= step.averages
             skipped += step.broken
-        return _replace(updates, outputs), ScaleByEvaState(
-            jnp.asarray(optax.safe_increment(state.count)), _replace(state.vectors, averages), skipped, nu
-        )
+        count = jnp.asarray(optax.safe_increment(state.count))
+        new_state = ScaleByEvaState(count, replace_leaves(state.vectors, averages), skipped, nu)
+        return replace_leaves(updates, outputs), new_state
 
     return optax.GradientTransformation(init, update)
 
@@ -173,66 +158,35 @@ class _LayerStep(NamedTuple):
     a: Array
     b: Array
     sums: Sums
-    healthy: Array  # used, vectors and gradient finite; one flag for each stacked layer, in the view
-    broken: Array  # how many stacked layers have vectors that are not finite beside a finite gradient
-    averages: dict[Path, Array]  # what goes to the state
-    rank_one: RankOne | None = None
+    healthy: Array  # a flag for each stacked layer, in the view
+    broken: Array
+    averages: dict[Path, Array]
 
 
 def _read(layer: TappedLayer, leaves: dict[Path, Array], averages: dict[Path, Array], decay: ArrayLike) -> _LayerStep:
     """Averages the layer's vectors and takes its sums: the first of the two reads of its gradient."""
-    layout, probe = layer.layout, layer.probe
-    old_a, old_b, seen = (averages[probe[name]] for name in ("a", "b", "n"))
-    if (old_a.shape, old_b.shape, seen.shape) != (layout.a, layout.b, layout.counter):
-        raise ValueError(
-            f"eva_optax.scale_by_eva: the state of layer {layer.name!r} has vectors of shapes a {old_a.shape}, "
-            f"b {old_b.shape} and counter {seen.shape}, the gradients a {layout.a}, b {layout.b} and counter "
-            f"{layout.counter}. Make the state with tx.init(params) from the parameters that are trained."
-        )
-    (a, b), used = true_vectors(layer, leaves.__getitem__)
-    finite = layout.all_per_layer(jnp.isfinite(a)) & layout.all_per_layer(jnp.isfinite(b))
-    decay = jnp.asarray(decay, a.dtype)
-    take, first = layout.spread_counter(used & finite), layout.spread_counter(seen == 0)
-
-    def running(old: Array, new: Array) -> Array:
-        return jnp.where(take, jnp.where(first, new, decay * old + (1 - decay) * new), old)
-
-    a, b = running(old_a, a), running(old_b, b)
+    layout = layer.layout
+    average = take_in(layer, leaves, averages, ("a", "b"), decay)
+    a, b = (layout.view(average.vectors[name]) for name in ("a", "b"))
     gradient = jnp.asarray(leaves[layer.kernel])
     kernel = layout.view(gradient.astype(accumulator(gradient.dtype)))
     bias = None
     if layer.bias is not None:
         bias = layout.view(layout.spread_bias(jnp.asarray(leaves[layer.bias]).astype(kernel.dtype)))
-    sums = layer_sums(layout, kernel, bias, layout.view(a), layout.view(b))
-
-    # Whether the gradient is finite comes out of the sums, so that it costs no read. The vectors taken above serve the
-    # sums only; the state takes them if the gradient is finite too.
+    sums = layer_sums(layout, kernel, bias, a, b)
+    # Whether the gradient is finite comes out of the sums, so that it costs no read of its own.
     finite_gradient = layout.all_per_layer(jnp.isfinite(layout.unview(sums.gg, layout.batch_shape)))
-    healthy = used & finite & finite_gradient
-    keep = layout.spread_counter(healthy)
-    new = {"a": jnp.where(keep, a, old_a), "b": jnp.where(keep, b, old_b), "n": jnp.where(healthy, 1, seen)}
-    return _LayerStep(
-        layer,
-        kernel,
-        bias,
-        layout.view(a),
-        layout.view(b),
-        sums,
-        healthy=layout.view(keep),
-        broken=jnp.sum(used & ~finite & finite_gradient, dtype=jnp.int32),
-        averages={probe[name]: value.astype(averages[probe[name]].dtype) for name, value in new.items()},
-    )
+    healthy, broken, settled = settle(layer, average, finite_gradient)
+    return _LayerStep(layer, kernel, bias, a, b, sums, layout.view(healthy), broken, settled)
 
 
-def _write(step: _LayerStep, nu: Array, leaves: dict[Path, Array]) -> dict[Path, Array]:
+def _write(step: _LayerStep, rank_one: RankOne, nu: Array, leaves: dict[Path, Array]) -> dict[Path, Array]:
     """The updates of the layer's kernel and bias: the second read of its gradient."""
-    assert step.rank_one is not None
     layer, layout = step.layer, step.layer.layout
-    factor = jnp.where(step.healthy, step.rank_one.factor * nu.astype(step.a.dtype), 1)
-    coefficient = jnp.where(step.healthy, step.rank_one.coefficient, 0)
+    factor = jnp.where(step.healthy, rank_one.factor * nu.astype(step.a.dtype), 1)
+    coefficient = jnp.where(step.healthy, rank_one.coefficient, 0)
     kernel, bias = apply_rank_one(RankOne(factor, coefficient), step.kernel, step.bias, step.a, step.b)
-    like = leaves[layer.kernel]
-    updates = {layer.kernel: layout.unview(kernel, layout.kernel).astype(like.dtype)}
+    updates = {layer.kernel: layout.unview(kernel, layout.kernel).astype(leaves[layer.kernel].dtype)}
     if layer.bias is not None and bias is not None:
         bias = layout.gather_bias(layout.unview(bias, layout.b))
         updates[layer.bias] = bias.astype(leaves[layer.bias].dtype)
@@ -240,15 +194,19 @@ def _write(step: _LayerStep, nu: Array, leaves: dict[Path, Array]) -> dict[Path,
 
 
 def _step_size(
-    steps: list[_LayerStep], step_rule: StepRule, kl_clip: ArrayLike, rate: ArrayLike, dtype: DTypeLike
+    steps: list[_LayerStep],
+    rank_ones: list[RankOne],
+    step_rule: StepRule,
+    kl_clip: ArrayLike,
+    rate: ArrayLike,
+    dtype: DTypeLike,
 ) -> Array:
     """ν from the sums over all healthy layers; 1 where it is not defined."""
     if step_rule == "none":
         return jnp.ones((), dtype)
     gg = pg = pp = jnp.zeros((), dtype)
-    for step in steps:
-        assert step.rank_one is not None
-        products = (step.sums.gg, *rank_one_products(step.sums, step.rank_one))
+    for step, rank_one in zip(steps, rank_ones, strict=True):
+        products = (step.sums.gg, *rank_one_products(step.sums, rank_one))
         here = [jnp.sum(jnp.where(step.healthy, product, 0)).astype(dtype) for product in products]
         gg, pg, pp = gg + here[0], pg + here[1], pp + here[2]
     if step_rule == "kl_clip":
@@ -260,11 +218,6 @@ def _step_size(
     defined = denominator > 0
     nu = jnp.where(defined, jnp.sqrt(numerator / jnp.where(defined, denominator, 1)), 1)
     return jnp.minimum(nu, 1) if step_rule == "kl_clip" else nu
-
-
-def _replace(tree: Any, leaves: dict[Path, Array]) -> Any:
-    """`tree` with the leaves that `leaves` names."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(path_names(path), leaf), tree)
 
 
 def _check_options(damping: ArrayLike, decay: ArrayLike, step_rule: str, kl_clip: ArrayLike) -> None:

@@ -47,6 +47,11 @@ def leaves_by_path(tree: Any) -> dict[Path, Any]:
     return {path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def replace_leaves(tree: Any, leaves: dict[Path, Any]) -> Any:
+    """`tree` with the leaves that `leaves` names."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(path_names(path), leaf), tree)
+
+
 class TappedLayer(NamedTuple):
     """Where the parts of one tapped layer stand, and how they are laid out."""
 
