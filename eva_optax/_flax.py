@@ -82,7 +82,7 @@ def tapping(*, embeddings: bool = False) -> AbstractContextManager[Any]:
       >>> sorted(eva_optax.vectors(gradient(params)))
       ['']
     """
-    from eva_optax._tapped import linen_tapping
+    from eva_optax._linen import linen_tapping
 
     return linen_tapping(embeddings)
 
@@ -113,8 +113,7 @@ def coverage(model: Any, *args: Any, **kwargs: Any) -> "Coverage":
     """
     from eva_optax._coverage import linen_coverage
 
-    tapped = tap(model)
-    return linen_coverage(tapped.module, tapped.embeddings, *args, **kwargs)
+    return linen_coverage(*tap(model).init_shapes(*args, **kwargs))
 
 
 def attach(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +144,7 @@ def attach(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
       ['bias', 'kernel', 'kronecker']
     """
     tapped = tap(model)
-    variables = jax.eval_shape(lambda key: tapped.init(key, *args, **kwargs), jax.random.key(0))
+    variables = tapped.checked(tapped.init_shapes(*args, **kwargs)[0])
     wanted, given = variables["params"], strip(params)
     if not _boxes(given):  # saved without partition names
         wanted = _unboxed(wanted)

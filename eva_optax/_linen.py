@@ -1,8 +1,10 @@
 """Tapping Flax Linen modules: which layers have a rule, and the interceptor that taps their calls."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,7 @@ EMBEDDING_OFF = "embedding: off by default, pass embeddings=True"
 MASKED = "masked kernel"
 REPARAMETRISED = "kernel is computed from other parameters"
 DIAGONAL = "einsum equation takes a diagonal"
+BROADCASTS = "einsum broadcasts the kernel or the input"
 BIAS_ORDER = "bias axes are ordered unlike the kernel's"
 COMPLEX = "complex kernel"
 
@@ -60,9 +63,12 @@ def _einsum(layer: nn.Einsum, kernel_shape: tuple[int, ...], x: Array, einsum_st
 
 
 def _equation(equation: str, x: Array, kernel_shape: tuple[int, ...]) -> Plan:
-    rule = parse_equation(equation, x.ndim, kernel_shape)
+    rule = parse_equation(equation, x.shape, kernel_shape)
     if rule is None:
-        return DIAGONAL
+        repeated = any(
+            term.count(letter) > 1 for term in re.split(",|->", equation) for letter in term if letter != "."
+        )
+        return DIAGONAL if repeated else BROADCASTS
     # Flax orders the axes of the bias as they come in the output.
     order = [rule.kernel.index(letter) for letter in rule.y if letter in rule.kernel]
     return Tapped(rule) if order == sorted(order) else Tapped(rule, bias=None, bias_reason=BIAS_ORDER)
@@ -122,7 +128,23 @@ _PLANS: dict[Callable[..., Any], Callable[..., Plan]] = {
 _GATE = inspect.unwrap(DenseParams.__call__)
 
 
-@dataclass
+# Where tapped models meet inside of `tapping`, only the innermost interceptor taps: a layer must not be tapped twice.
+_ACTIVE: ContextVar["Interceptor | None"] = ContextVar("active", default=None)
+
+
+@contextmanager
+def linen_tapping(embeddings: bool) -> Iterator["Interceptor"]:
+    """Taps every Linen call inside."""
+    interceptor = Interceptor(embeddings)
+    token = _ACTIVE.set(interceptor)
+    try:
+        with nn.intercept_methods(interceptor):
+            yield interceptor
+    finally:
+        _ACTIVE.reset(token)
+
+
+@dataclass(eq=False)
 class Interceptor:
     """Taps the layers that run under `nn.intercept_methods`, and notes what it finds at each module path.
 
@@ -142,9 +164,9 @@ class Interceptor:
         self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
         module = context.module
-        if module.scope is None:
+        if module.scope is None or _ACTIVE.get() is not self:
             return next_fun(*args, **kwargs)
-        self.classes[module.path] = type(module)
+        self.classes.setdefault(module.path, type(module))
         # Part of the key under which `nn.jit` caches a module: its untapped trace must not serve a tapped call.
         if KRONECKER not in module.scope.flags:
             module.scope.flags = freeze({**module.scope.flags, KRONECKER: self.embeddings})
@@ -237,10 +259,12 @@ def _boxed_probe(module: nn.Module, plan: Tapped, bias: str | None) -> Probe:
         return probe
     names = (*params.names, *(None,) * (kernel.ndim - len(params.names)))
 
-    def boxed(leaf: Array) -> Any:
+    def boxed(name: str, leaf: Array) -> Any:
+        if name not in ("a", "b"):  # the counters have the bias's rank, and only axes of size 1
+            return params.replace(value=leaf, names=(None,) * leaf.ndim)
         kept = [
             name if size == full > 1 else None for name, size, full in zip(names, leaf.shape, kernel.shape, strict=True)
         ]
         return params.replace(value=leaf, names=tuple(kept))
 
-    return {name: boxed(leaf) for name, leaf in probe.items()}
+    return {name: boxed(name, leaf) for name, leaf in probe.items()}
