@@ -98,6 +98,12 @@ def _vary(leaf: Array, axes: frozenset[str]) -> Array:
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
+def _shard_like(value: Array, leaf: Array) -> Array:
+    """`value` with the sharding of `leaf`, where shardings are part of the types (explicit mesh axes)."""
+    wanted = jax.typeof(leaf).sharding
+    return value if jax.typeof(value).sharding.spec == wanted.spec else jax.sharding.reshard(value, wanted)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _tap(rule: Rule, has_bias: bool, probe: Probe, x: Array, y: Array) -> Array:
     return y
@@ -126,7 +132,7 @@ def _tap_backward(rule: Rule, has_bias: bool, residuals: tuple[Array, Probe], dy
     def cotangent(value: Array, name: str, power: int = 1) -> Array:
         leaf = probe[name]
         unit = 1.0 if leaf.dtype == jnp.float16 else UNIT
-        return jnp.broadcast_to(value * (unit**power), leaf.shape).astype(leaf.dtype)
+        return _shard_like(jnp.broadcast_to(value * (unit**power), leaf.shape).astype(leaf.dtype), leaf)
 
     counted = {"a": a * one, "b": b * one.astype(b.dtype), "n": one}
     cotangents = {name: cotangent(value, name) for name, value in counted.items()}
