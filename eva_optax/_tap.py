@@ -23,13 +23,17 @@ PROBE_LEAVES = ("a", "b", "n", "unit")
 
 # Stored in this unit the vectors are far below the rounding of any gradient, so that a global norm or a clip that
 # is placed before Eva does not see them. A power of two: only exponents change. Half precision has no exponents
-# that small and stores the vectors as they are.
+# that small; its unit is one that no sign or other function of single entries leaves behind (see `is_probe_gradient`).
 UNIT = 2.0**-40
+HALF_UNIT = 0.5
 
 # A sum of terms that cancel leaves rounding noise. Each term carries its own rounding error, and the accumulation
 # adds errors of the accumulator; these factors cover what BatchNorm leaves in bfloat16, float32 and float64.
 TERM_ROUNDINGS = 2.0
 ACCUMULATOR_ROUNDINGS = 8.0
+
+# Every linear operation changes n and unit alike, up to rounding; Adam's eps of 1e-8 shifts their ratio by 9e-5.
+RATIO_TOLERANCE = 2.0**-16
 
 
 class Rule(Protocol):
@@ -131,7 +135,7 @@ def _tap_backward(rule: Rule, has_bias: bool, residuals: tuple[Array, Probe], dy
 
     def cotangent(value: Array, name: str, power: int = 1) -> Array:
         leaf = probe[name]
-        unit = 1.0 if leaf.dtype == jnp.float16 else UNIT
+        unit = HALF_UNIT if leaf.dtype == jnp.float16 else UNIT
         return _shard_like(jnp.broadcast_to(value * (unit**power), leaf.shape).astype(leaf.dtype), leaf)
 
     counted = {"a": a * one, "b": b * one.astype(b.dtype), "n": one}
@@ -140,6 +144,12 @@ def _tap_backward(rule: Rule, has_bias: bool, residuals: tuple[Array, Probe], dy
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
+
+
+def is_probe_gradient(per_unit: Array) -> Array:
+    """Whether `per_unit`, n over unit, is one that a tap leaves: linear operations on gradients cannot change it."""
+    known = [jnp.abs(per_unit * unit - 1) < RATIO_TOLERANCE for unit in (UNIT, HALF_UNIT)]
+    return known[0] | known[1]
 
 
 def _drop_noise(vector: Array, terms: Array, *, averaged: bool) -> Array:
