@@ -237,10 +237,12 @@ def _boxed_probe(module: nn.Module, plan: Tapped, bias: str | None) -> Probe:
         return probe
     names = (*params.names, *(None,) * (kernel.ndim - len(params.names)))
 
-    def boxed(leaf: Array) -> Any:
+    def boxed(name: str, leaf: Array) -> Any:
+        if name not in ("a", "b"):  # the counters have the bias's rank, and only axes of size 1
+            return params.replace(value=leaf, names=(None,) * leaf.ndim)
         kept = [
             name if size == full > 1 else None for name, size, full in zip(names, leaf.shape, kernel.shape, strict=True)
         ]
         return params.replace(value=leaf, names=tuple(kept))
 
-    return {name: boxed(leaf) for name, leaf in probe.items()}
+    return {name: boxed(name, leaf) for name, leaf in probe.items()}
