@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from eva_optax._pairing import Path, TappedLayer, find_layers, is_probe, leaves_by_path, replace_leaves
 from eva_optax._rank_one import RankOne, Sums, apply_rank_one, eva_step, layer_sums, rank_one_products
 from eva_optax._running import check_state, settle, start_averages, take_in
-from eva_optax._tap import accumulator
+from eva_optax._tap import accumulator, shard_like
 
 StepRule = Literal["none", "kl_clip", "kl_norm", "grad_norm"]
 
@@ -198,11 +198,10 @@ def _write(step: _LayerStep, rank_one: RankOne, nu: Array, leaves: dict[Path, Ar
     factor = jnp.where(step.healthy, rank_one.factor * nu.astype(step.a.dtype), 1)
     coefficient = jnp.where(step.healthy, rank_one.coefficient, 0)
     kernel, bias = apply_rank_one(RankOne(factor, coefficient), step.kernel, step.bias, step.a, step.b)
-    updates = {layer.kernel: layout.unview(kernel, layout.kernel).astype(leaves[layer.kernel].dtype)}
+    updates = {layer.kernel: layout.unview(kernel, layout.kernel)}
     if layer.bias is not None and bias is not None:
-        bias = layout.gather_bias(layout.unview(bias, layout.b))
-        updates[layer.bias] = bias.astype(leaves[layer.bias].dtype)
-    return updates
+        updates[layer.bias] = layout.gather_bias(layout.unview(bias, layout.b))
+    return {path: shard_like(update.astype(leaves[path].dtype), leaves[path]) for path, update in updates.items()}
 
 
 def _step_size(

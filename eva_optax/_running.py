@@ -42,8 +42,8 @@ def check_state(function: str, state: Any, wanted: type) -> None:
     raise ValueError(
         f"eva_optax.{function}: state must be a {wanted.__name__} with the fields {fields}, got a "
         f"{type(state).__name__}" + (f" with {held}" if held else "") + ". Restore a checkpoint with tx.init(params) "
-        "as its template. A state of another optimizer, or of a version with other fields, cannot be converted: keep the "
-        "parameters and go on with tx.init(params), whose averages the next step fills."
+        "as its template. A state of another optimizer, or of a version with other fields, cannot be converted: keep "
+        "the parameters and go on with tx.init(params), whose averages the next step fills."
     )
 
 

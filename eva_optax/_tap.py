@@ -102,7 +102,7 @@ def _vary(leaf: Array, axes: frozenset[str]) -> Array:
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
-def _shard_like(value: Array, leaf: Array) -> Array:
+def shard_like(value: Array, leaf: Array) -> Array:
     """`value` with the sharding of `leaf`, where shardings are part of the types (explicit mesh axes)."""
     wanted = jax.typeof(leaf).sharding
     return value if jax.typeof(value).sharding.spec == wanted.spec else jax.sharding.reshard(value, wanted)
@@ -136,7 +136,7 @@ def _tap_backward(rule: Rule, has_bias: bool, residuals: tuple[Array, Probe], dy
     def cotangent(value: Array, name: str, power: int = 1) -> Array:
         leaf = probe[name]
         unit = HALF_UNIT if leaf.dtype == jnp.float16 else UNIT
-        return _shard_like(jnp.broadcast_to(value * (unit**power), leaf.shape).astype(leaf.dtype), leaf)
+        return shard_like(jnp.broadcast_to(value * (unit**power), leaf.shape).astype(leaf.dtype), leaf)
 
     counted = {"a": a * one, "b": b * one.astype(b.dtype), "n": one}
     cotangents = {name: cotangent(value, name) for name, value in counted.items()}
