@@ -215,7 +215,6 @@ class Logical(nn.Module):
         return nn.Dense(8, kernel_init=named("mlp", "embed"), use_bias=False, name="down")(x)
 
 
-@pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources:DeprecationWarning")  # inside Flax 0.12.0
 def test_logical_axis_rules_shard_parameters_and_optimizer_state():
     model, mesh = eva_optax.tap(Logical()), make_mesh()
     tx = optax.chain(eva_optax.scale_by_eva(), optax.adam(1e-2))
