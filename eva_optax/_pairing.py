@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from eva_optax._layout import Layout
 from eva_optax._tap import PROBE_LEAVES, UNIT, is_probe_gradient
@@ -137,7 +138,7 @@ def true_vectors(layer: TappedLayer, leaf: Callable[[Path], Array]) -> tuple[Kro
 
 
 def _refuse_foreign(name: str, foreign: Array, ratio: Array) -> None:
-    if isinstance(foreign, jax.core.Tracer) or not foreign.is_fully_addressable or not bool(foreign.any()):
+    if isinstance(foreign, Tracer) or not foreign.is_fully_addressable or not bool(foreign.any()):
         return
     raise ValueError(
         f"eva_optax: what layer {name!r} has below {KRONECKER!r} is not the gradient of a probe: its counters have the "

@@ -63,14 +63,18 @@ def connect(options: argparse.Namespace) -> None:
 def global_batch(images: np.ndarray, size: int, step: int, mesh: Mesh) -> Array:
     """The batch of a step: the same rows whatever the number of devices, each host loading only its own."""
     rows = np.random.default_rng(step).integers(0, len(images), size)
-    sharding = NamedSharding(mesh, P(DEVICES))
-    return jax.make_array_from_callback((size, images.shape[1]), sharding, lambda index: images[rows[index[0]]])
+
+    def load(index: Any) -> np.ndarray:
+        return images[rows[index[0]]]
+
+    return jax.make_array_from_callback((size, images.shape[1]), NamedSharding(mesh, P(DEVICES)), load)
 
 
 def train(options: argparse.Namespace) -> Any:
     """Returns parameters and optimizer state after the last step."""
     mesh = jax.make_mesh((jax.device_count(),), (DEVICES,), axis_types=(jax.sharding.AxisType.Auto,))
-    images = np.asarray(load_digits().data / 16.0, np.float32)
+    pixels, _ = load_digits(return_X_y=True)
+    images = np.asarray(pixels / 16.0, np.float32)
     model = eva_optax.tap(Autoencoder(options.width))  # 1
     tx = optax.chain(eva_optax.scale_by_eva(), optax.sgd(0.05, momentum=0.9))  # 2
 
