@@ -11,8 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from eva_optax._pairing import Path, TappedLayer, find_layers, is_probe, leaves_by_path, replace_leaves
 from eva_optax._rank_one import RankOne, Sums, apply_rank_one, eva_step, layer_sums, rank_one_products
-from eva_optax._running import settle, start_averages, take_in
-from eva_optax._tap import accumulator
+from eva_optax._running import check_state, settle, start_averages, take_in
+from eva_optax._tap import accumulator, shard_like
 
 StepRule = Literal["none", "kl_clip", "kl_norm", "grad_norm"]
 
@@ -24,7 +24,8 @@ class ScaleByEvaState(NamedTuple):
       count: steps taken, int32 scalar.
       vectors: the running vectors, shaped like the parameters: each probe holds the averages `a` and `b`, and in `n` 1
         as soon as there is one; everything else is an `optax.MaskedNode`.
-      skipped: how many times a layer was skipped because its vectors were not finite, int32 scalar.
+      skipped: how many times a layer was skipped because its vectors were not finite, or no longer those that its tap
+        gave, int32 scalar.
       nu: the last step-size factor ν, float scalar.
     """
 
@@ -65,7 +66,10 @@ def scale_by_eva(
     "grad_norm"  :math:`\sqrt{\sum \|G\|^2 / \sum \|P\|^2}`                             reference code
     ===========  =====================================================================  =======================
 
-    Put it first in a chain, before any optimizer: ``optax.chain(scale_by_eva(), optax.sgd(0.1, momentum=0.9))``.
+    Put it first in a chain, before any optimizer: ``optax.chain(scale_by_eva(), optax.sgd(0.1, momentum=0.9))``. Before
+    it only operations that are linear in the whole gradient keep the meaning of the vectors, such as clipping by the
+    global norm. What Adam, Lion, a sign or noise leave of them is recognised by their counters and not used; RMSprop
+    and Adagrad, whose eps stands under the root, are not recognised.
     Parameters that are not tapped keep their gradient and do not enter ν; updates of probes are zero. A layer whose
     vectors are not finite keeps its averages and its gradient for that step, and `skipped` counts it. A layer whose
     gradient is not finite, or that was not used, passes its gradient on.
@@ -89,7 +93,8 @@ def scale_by_eva(
 
     Raises:
       ValueError: for an option out of its range; at init, if the parameters hold no probes; at update, if the gradients
-        hold none, or if a layer's vectors, kernel and state do not fit.
+        hold none, if a layer's vectors, kernel and state do not fit, if the state is no `ScaleByEvaState`, or if the
+        probes' gradients went through Adam or the like (then, under `jit`, the layer is skipped and counted).
 
     Source: Zhang, Shi and Li, "Eva: Practical Second-order Optimization with Kronecker-vectorized Approximation", ICLR
     2023 (the Sherman-Morrison update and the KL clip); extended version arXiv:2308.02123 (the KL normalization).
@@ -109,6 +114,12 @@ def scale_by_eva(
 
     def init(params: Any) -> ScaleByEvaState:
         leaves = leaves_by_path(params)
+        if () in leaves:
+            raise ValueError(
+                "eva_optax.scale_by_eva: the parameters are one array, as optax.flatten makes them; Eva needs the tree "
+                "to know the layers. Flatten only what comes after it: "
+                "optax.chain(eva_optax.scale_by_eva(), optax.flatten(...))."
+            )
         if leaves and not any(map(is_probe, leaves)):
             raise ValueError(
                 "eva_optax.scale_by_eva: the parameters hold no probes, so that no Kronecker vectors can be collected. "
@@ -124,6 +135,7 @@ def scale_by_eva(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByEvaState]:
         del params
+        check_state("scale_by_eva", state, ScaleByEvaState)
         leaves, averages = leaves_by_path(updates), leaves_by_path(state.vectors)
         layers = find_layers(leaves)
         if not layers and leaves:
@@ -186,11 +198,10 @@ def _write(step: _LayerStep, rank_one: RankOne, nu: Array, leaves: dict[Path, Ar
     factor = jnp.where(step.healthy, rank_one.factor * nu.astype(step.a.dtype), 1)
     coefficient = jnp.where(step.healthy, rank_one.coefficient, 0)
     kernel, bias = apply_rank_one(RankOne(factor, coefficient), step.kernel, step.bias, step.a, step.b)
-    updates = {layer.kernel: layout.unview(kernel, layout.kernel).astype(leaves[layer.kernel].dtype)}
+    updates = {layer.kernel: layout.unview(kernel, layout.kernel)}
     if layer.bias is not None and bias is not None:
-        bias = layout.gather_bias(layout.unview(bias, layout.b))
-        updates[layer.bias] = bias.astype(leaves[layer.bias].dtype)
-    return updates
+        updates[layer.bias] = layout.gather_bias(layout.unview(bias, layout.b))
+    return {path: shard_like(update.astype(leaves[path].dtype), leaves[path]) for path, update in updates.items()}
 
 
 def _step_size(
