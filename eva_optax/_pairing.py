@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._layout import Layout
-from eva_optax._tap import PROBE_LEAVES
+from eva_optax._tap import PROBE_LEAVES, accumulator
 
 KRONECKER = "kronecker"
 Path = tuple[str, ...]
@@ -60,6 +60,23 @@ class TappedLayer(NamedTuple):
     bias: Path | None
     probe: dict[str, Path]
     layout: Layout
+
+    def gradient(self, leaves: dict[Path, Array]) -> tuple[Array, Array | None]:
+        """Kernel and bias of the layer among `leaves`, in the layout's view, at least float32."""
+        kernel = jnp.asarray(leaves[self.kernel])
+        kernel = self.layout.view(kernel.astype(accumulator(kernel.dtype)))
+        if self.bias is None:
+            return kernel, None
+        bias = self.layout.spread_bias(jnp.asarray(leaves[self.bias]).astype(kernel.dtype))
+        return kernel, self.layout.view(bias)
+
+    def place(self, kernel: Array, bias: Array | None, leaves: dict[Path, Array]) -> dict[Path, Array]:
+        """Undoes `gradient`: kernel and bias by path, in the shapes and dtypes that they have in `leaves`."""
+        placed = {self.kernel: self.layout.unview(kernel, self.layout.kernel).astype(leaves[self.kernel].dtype)}
+        if self.bias is not None and bias is not None:
+            bias = self.layout.gather_bias(self.layout.unview(bias, self.layout.b))
+            placed[self.bias] = bias.astype(leaves[self.bias].dtype)
+        return placed
 
 
 def find_layers(leaves: dict[Path, Any]) -> list[TappedLayer]:
