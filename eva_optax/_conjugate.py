@@ -18,8 +18,8 @@ class ConjugateState(NamedTuple):
     """State of `conjugate` and `center`.
 
     Attributes:
-      vectors: the running mean inputs, shaped like the parameters: each probe holds `a`, and in `n` 1 as soon as there is
-        one; everything else is an `optax.MaskedNode`.
+      vectors: the running mean inputs, shaped like the parameters: each probe holds `a`, and in `n` 1 as soon as there
+        is one; everything else is an `optax.MaskedNode`.
       skipped: how many times a layer's mean input was not finite, int32 scalar.
       inner: the state of the inner transformation, in the new coordinates.
     """
@@ -44,13 +44,14 @@ def conjugate(
       \mathrm{update} = R \cdot \mathrm{inner}(R\, G), \qquad
       R = I + \Bigl(\bigl(1 + 1/\mathrm{damping}\bigr)^{-1/2} - 1\Bigr) u u^\top,
 
-    where R acts on the input axes of [kernel; bias]. This is `inner` after the change of variables W = R V, and so it is
-    right for transformations that are not linear in the gradient: Adam, Muon, Lion. Around SGD it is Eva-f (one-sided Eva).
+    where R acts on the input axes of [kernel; bias]. This is `inner` after the change of variables W = R V, and so it
+    is right for transformations that are not linear in the gradient: Adam, Muon, Lion. Around SGD it is the one-sided
+    preconditioner R² = (I + u uᵀ/damping)⁻¹.
 
     Keep weight decay and the learning rate outside: ``chain(conjugate(scale_by_adam()), add_decayed_weights(wd),
-    scale_by_learning_rate(lr))``. What `inner` keeps from step to step (momentum, second moments) stays in the coordinates
-    of the step that it came from: R is applied anew at the end of each step, to the whole of what `inner` returns. So with a
-    changing R old momentum is read in the newest coordinates. `inner` is given `params` as they are, in the old coordinates.
+    scale_by_learning_rate(lr))``. What `inner` keeps from step to step (momentum, second moments) holds gradients each
+    in the coordinates of its own step; the R of the current step takes the whole of what `inner` returns back. `inner`
+    is given `params` as they are, not in the new coordinates.
 
     Args:
       inner: the transformation to run.
@@ -59,8 +60,8 @@ def conjugate(
       decay: weight of the old value in the running mean, in [0, 1); the first value is taken as it is.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with state `ConjugateState`. Updates have the gradients' shapes and dtypes;
-      parameters that are not tapped get what `inner` makes of them, probes get zero.
+      An `optax.GradientTransformationExtraArgs` with state `ConjugateState`. Updates have the gradients' shapes and
+      dtypes; parameters that are not tapped get what `inner` makes of them, probes get zero.
 
     Raises:
       ValueError: for an option out of its range; at init, if the parameters hold no probes; at update, if the gradients
@@ -90,14 +91,14 @@ def conjugate(
 def center(inner: optax.GradientTransformation, *, decay: ArrayLike = 0.05) -> optax.GradientTransformationExtraArgs:
     r"""Runs `inner` in coordinates where the inputs of each tapped layer with a bias are centred.
 
-    With μ the running mean input, y = (x − μ)·W + β' is the layer with β' = β + μᵀW. Kernel gradient G and bias gradient g are
+    With μ the running mean input, the layer is y = (x − μ)·W + β' with β' = β + μᵀW. Its gradients and updates are
 
     .. math::
       G' = G - \mu g^\top, \quad g' = g, \quad
       (\Delta W, \Delta\beta') = \mathrm{inner}(G', g'), \quad \Delta\beta = \Delta\beta' - \mu^\top \Delta W
 
-    in these coordinates. There is no damping. A layer without a bias passes as it is: `coverage` shows which those are, they
-    have no bias row. What `inner` keeps from step to step stays in the coordinates of the step that it came from.
+    with G and g the gradients of kernel and bias. There is no damping. A layer without a bias has nothing to take the
+    mean's part and passes as it is. What `inner` keeps from step to step is as for `conjugate`.
 
     Args:
       inner: the transformation to run; weight decay and learning rate stay outside, as for `conjugate`.
