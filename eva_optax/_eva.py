@@ -9,10 +9,10 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from eva_optax._pairing import Path, TappedLayer, find_layers, is_probe, leaves_by_path, replace_leaves
+from eva_optax._options import check_decay, check_layers, check_positive, check_probes
+from eva_optax._pairing import Path, TappedLayer, is_probe, leaves_by_path, replace_leaves
 from eva_optax._rank_one import RankOne, Sums, apply_rank_one, eva_step, layer_sums, rank_one_products
 from eva_optax._running import check_state, settle, start_averages, take_in
-from eva_optax._tap import accumulator, shard_like
 
 StepRule = Literal["none", "kl_clip", "kl_norm", "grad_norm"]
 
@@ -110,24 +110,13 @@ def scale_by_eva(
       >>> updates["bias"]  # all inputs are equal, so that G = a b exactly and P = G (1 - 1 / 1.1)
       Array([-0.03636365, -0.03636365], dtype=float32)
     """
-    _check_options(damping, decay, step_rule, kl_clip)
+    check_positive("scale_by_eva", damping=damping, kl_clip=kl_clip)
+    check_decay("scale_by_eva", decay)
+    if step_rule not in get_args(StepRule):
+        raise ValueError(f"eva_optax.scale_by_eva: step_rule must be one of {get_args(StepRule)}, got {step_rule!r}.")
 
     def init(params: Any) -> ScaleByEvaState:
-        leaves = leaves_by_path(params)
-        if () in leaves:
-            raise ValueError(
-                "eva_optax.scale_by_eva: the parameters are one array, as optax.flatten makes them; Eva needs the tree "
-                "to know the layers. Flatten only what comes after it: "
-                "optax.chain(eva_optax.scale_by_eva(), optax.flatten(...))."
-            )
-        if leaves and not any(map(is_probe, leaves)):
-            raise ValueError(
-                "eva_optax.scale_by_eva: the parameters hold no probes, so that no Kronecker vectors can be collected. "
-                "Tap the model before its parameters are made: model = eva_optax.tap(model), then model.init(key, x). "
-                "For parameters that exist already: params = eva_optax.attach(model, params, x)."
-            )
-        find_layers(leaves)
-
+        check_probes("scale_by_eva", params)
         averages = start_averages(params, ("a", "b"))
         dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(averages)))
         zero = jnp.zeros((), jnp.int32)
@@ -136,13 +125,8 @@ def scale_by_eva(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByEvaState]:
         del params
         check_state("scale_by_eva", state, ScaleByEvaState)
+        layers = check_layers("scale_by_eva", updates)
         leaves, averages = leaves_by_path(updates), leaves_by_path(state.vectors)
-        layers = find_layers(leaves)
-        if not layers and leaves:
-            raise ValueError(
-                "eva_optax.scale_by_eva: the updates hold no tapped layer. Give it the gradients of all parameters, "
-                'probes included (below "kronecker" in each layer), before anything that flattens or drops them.'
-            )
         steps = [_read(layer, leaves, averages, decay) for layer in layers]
         rank_ones = [eva_step(step.sums, damping, relative, keep_scale=step_rule == "kl_norm") for step in steps]
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -180,11 +164,7 @@ def _read(layer: TappedLayer, leaves: dict[Path, Array], averages: dict[Path, Ar
     layout = layer.layout
     average = take_in(layer, leaves, averages, ("a", "b"), decay)
     a, b = (layout.view(average.vectors[name]) for name in ("a", "b"))
-    gradient = jnp.asarray(leaves[layer.kernel])
-    kernel = layout.view(gradient.astype(accumulator(gradient.dtype)))
-    bias = None
-    if layer.bias is not None:
-        bias = layout.view(layout.spread_bias(jnp.asarray(leaves[layer.bias]).astype(kernel.dtype)))
+    kernel, bias = layer.gradient(leaves)
     sums = layer_sums(layout, kernel, bias, a, b)
     # Whether the gradient is finite comes out of the sums, so that it costs no read of its own.
     finite_gradient = layout.all_per_layer(jnp.isfinite(layout.unview(sums.gg, layout.batch_shape)))
@@ -194,14 +174,10 @@ def _read(layer: TappedLayer, leaves: dict[Path, Array], averages: dict[Path, Ar
 
 def _write(step: _LayerStep, rank_one: RankOne, nu: Array, leaves: dict[Path, Array]) -> dict[Path, Array]:
     """The updates of the layer's kernel and bias: the second read of its gradient."""
-    layer, layout = step.layer, step.layer.layout
     factor = jnp.where(step.healthy, rank_one.factor * nu.astype(step.a.dtype), 1)
     coefficient = jnp.where(step.healthy, rank_one.coefficient, 0)
     kernel, bias = apply_rank_one(RankOne(factor, coefficient), step.kernel, step.bias, step.a, step.b)
-    updates = {layer.kernel: layout.unview(kernel, layout.kernel)}
-    if layer.bias is not None and bias is not None:
-        updates[layer.bias] = layout.gather_bias(layout.unview(bias, layout.b))
-    return {path: shard_like(update.astype(leaves[path].dtype), leaves[path]) for path, update in updates.items()}
+    return step.layer.place(kernel, bias, leaves)
 
 
 def _step_size(
@@ -229,16 +205,3 @@ def _step_size(
     defined = denominator > 0
     nu = jnp.where(defined, jnp.sqrt(numerator / jnp.where(defined, denominator, 1)), 1)
     return jnp.minimum(nu, 1) if step_rule == "kl_clip" else nu
-
-
-def _check_options(damping: ArrayLike, decay: ArrayLike, step_rule: str, kl_clip: ArrayLike) -> None:
-    for name, value in (("damping", damping), ("kl_clip", kl_clip)):
-        if isinstance(value, int | float) and not value > 0:
-            raise ValueError(f"eva_optax.scale_by_eva: {name} must be greater than 0, got {value}.")
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
-        raise ValueError(
-            f"eva_optax.scale_by_eva: decay must lie in [0, 1), got {decay}. It is the weight of the old average; the "
-            "reference code's factor_decay is the weight of the new value, 1 - decay."
-        )
-    if step_rule not in get_args(StepRule):
-        raise ValueError(f"eva_optax.scale_by_eva: step_rule must be one of {get_args(StepRule)}, got {step_rule!r}.")

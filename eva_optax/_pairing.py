@@ -14,7 +14,7 @@ from jax import Array
 from jax.core import Tracer
 
 from eva_optax._layout import Layout
-from eva_optax._tap import PROBE_LEAVES, UNIT, is_probe_gradient
+from eva_optax._tap import PROBE_LEAVES, UNIT, accumulator, is_probe_gradient, shard_like
 
 KRONECKER = "kronecker"
 Path = tuple[str, ...]
@@ -61,6 +61,22 @@ class TappedLayer(NamedTuple):
     bias: Path | None
     probe: dict[str, Path]
     layout: Layout
+
+    def gradient(self, leaves: dict[Path, Array]) -> tuple[Array, Array | None]:
+        """Kernel and bias of the layer among `leaves`, in the layout's view, at least float32."""
+        kernel = jnp.asarray(leaves[self.kernel])
+        kernel = self.layout.view(kernel.astype(accumulator(kernel.dtype)))
+        if self.bias is None:
+            return kernel, None
+        bias = self.layout.spread_bias(jnp.asarray(leaves[self.bias]).astype(kernel.dtype))
+        return kernel, self.layout.view(bias)
+
+    def place(self, kernel: Array, bias: Array | None, leaves: dict[Path, Array]) -> dict[Path, Array]:
+        """Undoes `gradient`: kernel and bias by path, with the shapes, dtypes and shardings that `leaves` has."""
+        placed = {self.kernel: self.layout.unview(kernel, self.layout.kernel)}
+        if self.bias is not None and bias is not None:
+            placed[self.bias] = self.layout.gather_bias(self.layout.unview(bias, self.layout.b))
+        return {path: shard_like(value.astype(leaves[path].dtype), leaves[path]) for path, value in placed.items()}
 
 
 def find_layers(leaves: dict[Path, Any]) -> list[TappedLayer]:
