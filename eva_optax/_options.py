@@ -28,8 +28,8 @@ def check_probes(caller: str, params: Any) -> list[TappedLayer]:
     leaves = leaves_by_path(params)
     if () in leaves:
         raise ValueError(
-            f"eva_optax.{caller}: the parameters are one array, as optax.flatten makes them; the tree is needed to know "
-            f"the layers. Flatten only what comes after it: optax.chain(eva_optax.{caller}(...), optax.flatten(...))."
+            f"eva_optax.{caller}: the parameters are one array, as optax.flatten makes them, which tells no layers. "
+            f"Flatten only what comes after it: optax.chain(eva_optax.{caller}(...), optax.flatten(...))."
         )
     if leaves and not any(map(is_probe, leaves)):
         raise ValueError(
