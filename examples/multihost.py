@@ -76,7 +76,7 @@ def train(options: argparse.Namespace) -> Any:
     pixels, _ = load_digits(return_X_y=True)
     images = np.asarray(pixels / 16.0, np.float32)
     model = eva_optax.tap(Autoencoder(options.width))  # 1
-    tx = optax.chain(eva_optax.scale_by_eva(), optax.sgd(0.05, momentum=0.9))  # 2
+    tx = optax.chain(eva_optax.scale_by_eva(), optax.sgd(0.5, momentum=0.9))  # 2
 
     def create(key: Array) -> Any:
         params = model.init(key, jnp.zeros((1, 64)))["params"]
@@ -89,8 +89,7 @@ def train(options: argparse.Namespace) -> Any:
         return (optax.apply_updates(params, updates), opt_state), value
 
     # Flax reads the places of parameters and optimizer state from the partition names; probes have their kernel's.
-    abstract = jax.eval_shape(create, jax.random.key(0))
-    places = nn.unbox(jax.tree.map(lambda spec: NamedSharding(mesh, spec), nn.get_partition_spec(abstract)))
+    places = nn.get_sharding(jax.eval_shape(create, jax.random.key(0)), mesh)
     state = jax.jit(lambda key: nn.unbox(create(key)), out_shardings=places)(jax.random.key(0))
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, P())))

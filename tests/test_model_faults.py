@@ -153,6 +153,27 @@ def test_a_bad_loss_reaches_the_user_and_not_the_averages(value, at, params):
 
 
 @first_or_later
+@bad_values
+def test_a_bad_gradient_of_one_layer_reaches_the_user_and_not_its_averages(value, at, params):
+    def spoil(number):
+        def change(grads):
+            kernel = grads["Dense_0"]["kernel"].at[0, 0].set(value)
+            return {**grads, "Dense_0": {**grads["Dense_0"], "kernel": kernel}}
+
+        return ({}, change) if number == at else None
+
+    sound, faulty = train(params, eva(), range(at + 1)), train(params, eva(), range(at + 1), spoil)
+    before = sound[at - 1][1] if at else eva().init(params)
+    (after, state, _), (sound_after, sound_state, _) = faulty[at], sound[at]
+    assert not np.isfinite(after["Dense_0"]["kernel"][0, 0])
+    assert_identical(averages(state, "Dense_0"), averages(before, "Dense_0"))
+    for name in ("Conv_0", "Dense_1"):
+        assert_identical(after[name], sound_after[name])
+        assert_identical(averages(state, name), averages(sound_state, name))
+    assert optax.tree.get(state, "skipped") == 0
+
+
+@first_or_later
 @pytest.mark.parametrize("step_rule", ["none", "kl_clip", "kl_norm", "grad_norm"])
 def test_a_step_without_gradient_moves_nothing(step_rule, at, params):
     def spoil(number):
