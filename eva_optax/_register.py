@@ -41,6 +41,11 @@ class Registration:
         """How a call of the layer with an input of `x_rank` axes is tapped."""
         return equation_plan(self.equation_of(layer), kernel_shape, x_rank, self.kernel, self.bias)
 
+    def own_shape(self, layer: Any, full: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a kernel without stacked axes: the last ones, as many as the equation gives it."""
+        kernel = self.equation_of(layer).split("->")[0].split(",")[1].replace(" ", "")
+        return full if "..." in kernel else full[len(full) - len(kernel) :]
+
     def equation_of(self, layer: Any) -> str:
         """The equation of one layer."""
         equation = self.equation if isinstance(self.equation, str) else self.equation(layer)
