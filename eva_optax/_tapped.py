@@ -61,7 +61,7 @@ class TappedModule:
         """`module.clone`, tapped."""
         return TappedModule(self.module.clone(*args, **kwargs), self.embeddings)
 
-    def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         with linen_tapping(self.embeddings):
             return getattr(self.module, method)(*args, **kwargs)
 
