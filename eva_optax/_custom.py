@@ -127,7 +127,8 @@ def tap_ragged_dot(
     shape = _parameter(module, "tap_ragged_dot", "kernel", kernel)
     if bias is not None:
         _parameter(module, "tap_ragged_dot", "bias", bias)
-    if (x.ndim, y.ndim, len(shape)) != (2, 2, 3) or shape != (*group_sizes.shape, x.shape[1], y.shape[1]):
+    fits = (x.ndim, y.ndim, len(shape)) == (2, 2, 3) and x.shape[0] == y.shape[0]
+    if not fits or shape != (*group_sizes.shape, x.shape[1], y.shape[1]):
         raise ValueError(
             f"eva_optax.tap_ragged_dot: an input of shape {x.shape}, the kernel {kernel!r} of shape {shape}, "
             f"group_sizes of shape {group_sizes.shape} and an output of shape {y.shape} do not fit. They must be "

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -145,7 +145,7 @@ def _insert(shape: Shape, axes: tuple[int, ...], sizes: list[int]) -> Shape:
 def _least_rank(layer: Any, kind: Kind) -> int:
     """A number of axes that an input of the layer may have."""
     if isinstance(layer, nnx.LinearGeneral):
-        return 2 * max(abs(axis) + 1 for axis in (*layer.axis, *layer.batch_axis))
+        return 2 * max(abs(int(axis)) + 1 for axis in (*layer.axis, *layer.batch_axis))
     if kind.build is _einsum or kind.registration:
         equation = layer.einsum_str if kind.registration is None else kind.registration.equation_of(layer)
         return len(equation.split("->")[0].replace(".", "").replace(" ", ""))
@@ -176,6 +176,10 @@ _KINDS: dict[type, Kind] = {
 def kind_of(layer: type) -> Kind | None:
     """How instances of this very class are tapped; its subclasses may do something else."""
     registration = registered_class(layer)
-    if registration is not None:
-        return Kind(registration.plan, registration.own_shape, registration.kernel, registration)
-    return _KINDS.get(layer)
+    return _KINDS.get(layer) if registration is None else _registered_kind(registration)
+
+
+@cache
+def _registered_kind(registration: Registration) -> Kind:
+    """The same for equal registrations, so that a class that is registered again has the same tapped class."""
+    return Kind(registration.plan, registration.own_shape, registration.kernel, registration)
