@@ -98,7 +98,7 @@ class Survey:
     reasons: dict[Path, str] = field(default_factory=dict)
     classes: dict[Path, type] = field(default_factory=dict)
     bridges: int = 0
-    _shared: dict[int, dict[str, nnx.Variable[Any]]] = field(default_factory=dict)
+    _shared: dict[tuple[int, int], dict[str, nnx.Variable[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         found = modules(self.model)
@@ -149,12 +149,12 @@ class Survey:
     def _probe(
         self, layer: nnx.Module, plan: Tapped, bias: str | None, batch: Shape = ()
     ) -> dict[str, dict[str, nnx.Variable[Any]]]:
-        """The layer's probe; layers that share their kernel share the probe, which then sees all their calls."""
+        """The layer's probe; layers that share their parameters share the probe, which then sees all their calls."""
         name = probe_name(plan.kernel, bias)
         existing = vars(layer).get(KRONECKER, {})
-        kernel = id(getattr(layer, plan.kernel))
+        parameters = id(getattr(layer, plan.kernel)), id(getattr(layer, bias or "", None))
         probe = existing[name] if name in existing else new_probe(layer, plan, bias, batch)
-        first = self._shared.setdefault(kernel, probe)
+        first = self._shared.setdefault(parameters, probe)
         same = all(first[leaf].shape == variable.shape for leaf, variable in probe.items())
         return {name: first if same else probe}
 
@@ -174,14 +174,18 @@ class Survey:
         """Finds the calls of `tap_einsum` and its like, by tracing a copy of the model."""
         recorders = [Recorder() for _ in found]
         graphdef, state = nnx.split(self.model)
+        leaves, treedef = jax.tree.flatten((self.args, self.kwargs))
+        # Flags and the like stay what they are.
+        arrays = {index: leaf for index, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
 
-        def call(state: Any, args: Any, kwargs: Any) -> None:
+        def call(state: Any, arrays: dict[int, Any]) -> None:
             copy: Any = nnx.merge(graphdef, state)
             for recorder, (_, layer) in zip(recorders, modules(copy), strict=True):
                 setattr(layer, RECORDER, recorder)
+            args, kwargs = treedef.unflatten([arrays.get(index, leaf) for index, leaf in enumerate(leaves)])
             copy(*args, **kwargs)
 
-        jax.eval_shape(call, state, self.args, self.kwargs)
+        jax.eval_shape(call, state, arrays)
         for recorder, (_, layer) in zip(recorders, found, strict=True):
             probes = {}
             for rule, kernel, bias, batch in recorder.calls:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax
@@ -42,12 +43,18 @@ def inputs(shape: tuple[int, ...], integers: int = 0) -> jax.Array:
     return jnp.asarray(rng.integers(integers, size=shape) if integers else rng.normal(0.5, 1, shape), dtype=None)
 
 
+# Compiling is all that takes time in these tests.
+fast_jit = partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+
+
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.jit`, with NNX modules as arguments."""
 
     def call(*args: Any) -> Any:
         graphdef, state = nnx.split(args)
-        return jax.jit(lambda state: function(*nnx.merge(graphdef, state)))(state)
+        return fast_jit(lambda state: function(*nnx.merge(graphdef, state)))(state)
 
     return call
 

@@ -68,9 +68,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 with one or two blocks a stage."""
+    """ResNet-50 with two stages of one block."""
 
-    stages: tuple[int, ...] = (2, 1)
+    stages: tuple[int, ...] = (1, 1)
 
     @nn.compact
     def __call__(self, x):

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import eva_optax
-from tests.nnx_cases import jit, pure
+from tests.nnx_cases import fast_jit, jit, pure
 
 
 def squares(y):
@@ -16,7 +16,7 @@ def squares(y):
 
 
 def linen_gradients(model, params, *args):
-    return jax.jit(jax.grad(lambda p: squares(model.apply({"params": p}, *args))))(params)
+    return fast_jit(jax.grad(lambda p: squares(model.apply({"params": p}, *args))))(params)
 
 
 def draw(shape, seed=0):
@@ -406,6 +406,16 @@ def test_an_empty_batch_of_rows_is_an_error():
     model = eva_optax.tap(Experts(), draw((ROWS, 3)), SIZES)
     with pytest.raises(ValueError, match="empty batch"):
         nnx.grad(lambda m: squares(m(jnp.zeros((0, 3)), 0 * SIZES)))(model)
+
+
+def test_an_example_may_hold_shapes_and_flags():
+    class Flagged(Attention):
+        def __call__(self, x, flag, name="a"):
+            assert name == "b"
+            return super().__call__(x) if flag else x
+
+    model = eva_optax.tap(Flagged(), jax.ShapeDtypeStruct((2, 5, 3), jnp.float32), True, name="b")
+    assert set(model.kronecker) == {"w", "out,bias"}
 
 
 def test_the_state_of_an_nnx_model_shows_no_trace_of_the_example():

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from functools import partial
 
 import flax.linen as nn
@@ -22,6 +24,7 @@ from tests.nnx_cases import (
     LayerPair,
     LinenNetwork,
     Network,
+    fast_jit,
     inputs,
     jit,
     nnx_jit,
@@ -51,7 +54,7 @@ def loss(model, x, labels):
 
 def first_update(tx, model, grads):
     params = params_of(model)
-    return jax.jit(lambda grads: tx.update(grads, tx.init(params))[0])(grads)
+    return fast_jit(lambda grads: tx.update(grads, tx.init(params))[0])(grads)
 
 
 def network(tapped=True):
@@ -75,12 +78,12 @@ def test_nnx_and_linen_layers_with_equal_weights_give_equal_vectors_and_updates(
     assert jax.tree.structure(renamed) == jax.tree.structure(wanted)
 
     grads = jit(nnx.grad(squares))(layer, x)
-    linen_grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(linen.apply({"params": p}, x)))))(renamed)
+    linen_grads = fast_jit(jax.grad(lambda p: jnp.sum(jnp.sin(linen.apply({"params": p}, x)))))(renamed)
     ours = {name.replace("if_", "if"): vectors for name, vectors in eva_optax.vectors(grads).items()}
     assert_trees_close(ours, eva_optax.vectors(linen_grads), 1e-5)
     tx = eva_optax.scale_by_eva()
     updates = first_update(tx, layer, grads)
-    linen_updates = jax.jit(lambda grads: tx.update(grads, tx.init(renamed))[0])(linen_grads)
+    linen_updates = fast_jit(lambda grads: tx.update(grads, tx.init(renamed))[0])(linen_grads)
     assert_trees_close(linen_names(updates), linen_updates, 1e-4)
 
 
@@ -226,7 +229,7 @@ def test_ten_steps_of_an_nnx_optimizer_equal_ten_steps_of_plain_optax_and_of_lin
     graphdef, params = nnx.split(network())
     state = tx.init(params)
 
-    @jax.jit
+    @fast_jit
     def plain_step(params, state):
         grads = jax.grad(lambda params: loss(nnx.merge(graphdef, params), x, labels))(params)
         updates, state = tx.update(grads, state, params)
@@ -237,7 +240,7 @@ def test_ten_steps_of_an_nnx_optimizer_equal_ten_steps_of_plain_optax_and_of_lin
     linen_params["block"] = linen_params["block"]["0"]
     linen_state = tx.init(linen_params)
 
-    @jax.jit
+    @fast_jit
     def linen_step(params, state):
         grads = jax.grad(lambda params: loss(lambda x: linen.apply({"params": params}, x), x, labels))(params)
         updates, state = tx.update(grads, state, params)
@@ -327,8 +330,8 @@ def test_stacked_layers_give_the_vectors_and_updates_of_a_loop(options):
 def test_split_and_merge_and_vmapped_gradients():
     x, labels = images()
     graphdef, params = nnx.split(network())
-    whole = jax.jit(jax.grad(lambda params: loss(nnx.merge(graphdef, params), x, labels)))(params)
-    each = jax.jit(
+    whole = fast_jit(jax.grad(lambda params: loss(nnx.merge(graphdef, params), x, labels)))(params)
+    each = fast_jit(
         jax.vmap(jax.grad(lambda params, x, y: loss(nnx.merge(graphdef, params), x, y)), in_axes=(None, 0, 0))
     )(params, x.reshape(3, 2, 4, 4, 2), labels.reshape(3, 2))
     summed = jax.tree.map(lambda leaf: leaf.mean(0), each)
@@ -588,11 +591,25 @@ def test_probes_get_the_kernels_partition_names():
 # Traces, exceptions, caches
 
 
+def test_importing_the_library_imports_no_flax():
+    subprocess.run([sys.executable, "-c", "import eva_optax, sys; assert 'flax' not in sys.modules"], check=True)
+
+
+def test_models_may_be_tapped_where_they_are_made():
+    def make():
+        return eva_optax.tap(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+
+    wanted = jax.tree.map(jnp.shape, nnx.state(make()))
+    assert jax.tree.map(jnp.shape, nnx.state(nnx.eval_shape(make))) == wanted
+    made = nnx_jit(make)()
+    assert set(eva_optax.vectors(nnx.grad(squares)(made, jnp.ones((2, 3))))) == {""}
+
+
 def test_no_tracer_leaks():
     x, labels = images()
     with jax.checking_leaks():
         graphdef, params = nnx.split(network())
-        jax.jit(jax.grad(lambda params: loss(nnx.merge(graphdef, params), x, labels)))(params)
+        fast_jit(jax.grad(lambda params: loss(nnx.merge(graphdef, params), x, labels)))(params)
 
 
 def test_exceptions_leave_nothing_behind():

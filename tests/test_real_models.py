@@ -10,13 +10,9 @@ import pytest
 from flax import nnx
 
 import eva_optax
+from tests.nnx_cases import fast_jit
 from tests.real_models import LINEN, RealModel
 from tests.real_nnx_models import NNX
-
-# Compiling is all that takes time here.
-fast_jit = partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 
 
 def matrix_share(case: RealModel, report) -> float:
