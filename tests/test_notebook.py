@@ -1,6 +1,8 @@
-"""The notebook runs on the CPU, with few steps; its first code cell, which installs, touches no other package."""
+"""The NNX quickstart and the notebook run on the CPU, with few steps; what the notebook installs upgrades nothing."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import jax
@@ -10,7 +12,8 @@ import pytest
 
 from tests.nnx_cases import NNX_JIT_RUNS
 
-NOTEBOOK = json.loads((Path(__file__).parent.parent / "examples" / "colab.ipynb").read_text())
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NOTEBOOK = json.loads((EXAMPLES / "colab.ipynb").read_text())
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
 
@@ -57,3 +60,13 @@ def test_every_cell_runs(as_a_user, capsys):
     (axes,) = names["figure"].axes
     assert len(axes.lines) == 2
     names["plt"].close("all")
+
+
+@pytest.mark.skipif(not NNX_JIT_RUNS, reason="nnx.jit fails for this pair of JAX and Flax")
+def test_the_nnx_quickstart_runs(as_a_user, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", ["quickstart_nnx.py", "--steps", "3"])
+    runpy.run_path(str(EXAMPLES / "quickstart_nnx.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "38,282 of 38,282 parameters tapped" in printed
+    assert "Eva + AdamW" in printed
