@@ -42,7 +42,7 @@ def attach(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     if is_nnx_module(model):
         return _attach_nnx(model, params, *args, **kwargs)
     tapped = tap(model)
-    variables = jax.eval_shape(lambda key: tapped.init(key, *args, **kwargs), jax.random.key(0))
+    variables = tapped.checked(tapped.init_shapes(*args, **kwargs)[0])
     wanted, given = variables["params"], strip(params)
     if not _boxes(given):  # saved without partition names
         wanted = _unboxed(wanted)

@@ -52,20 +52,26 @@ def _reduce(array: Array, letters: str, kernel: str, kernel_shape: tuple[int, ..
     return total.reshape([size if c in kept else 1 for c, size in zip(kernel, kernel_shape, strict=True)])
 
 
-def parse_equation(equation: str, x_rank: int, kernel_shape: tuple[int, ...]) -> Contraction | None:
-    """The `Contraction` of an explicit einsum equation "input,kernel->output", or None if it is not linear algebra.
+def parse_equation(equation: str, x_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> Contraction | None:
+    """The `Contraction` of an explicit einsum equation "input,kernel->output", or None if it is none.
 
     An ellipsis stands for as many axes as the input has left, aligned at the right in all three terms. An equation that
-    repeats a letter within one term takes a diagonal: that is no contraction.
+    repeats a letter within one term takes a diagonal, one whose axes of size 1 meet larger ones broadcasts: neither is
+    a contraction.
     """
     inputs, y = equation.replace(" ", "").split("->")
     x, kernel = inputs.split(",")
     unused = [letter for letter in string.ascii_letters if letter not in equation]
-    ellipsis = "".join(unused[: max(x_rank - len(x.replace("...", "")), 0)])
+    ellipsis = "".join(unused[: max(len(x_shape) - len(x.replace("...", "")), 0)])
     hidden_in_kernel = len(kernel_shape) - len(kernel.replace("...", ""))
     x, y = x.replace("...", ellipsis), y.replace("...", ellipsis)
     kernel = kernel.replace("...", ellipsis[len(ellipsis) - hidden_in_kernel :])
     if any(len(set(term)) < len(term) for term in (x, kernel, y)):
+        return None
+    if len(kernel) != len(kernel_shape):  # its ellipsis is longer than the input's
+        return None
+    sizes = dict(zip(x, x_shape, strict=True))
+    if any(sizes.get(letter, size) != size for letter, size in zip(kernel, kernel_shape, strict=True)):
         return None
     positions = "".join(letter for letter in x if letter in y and letter not in kernel)
     return Contraction(kernel_shape, x, kernel, y, positions)
@@ -83,6 +89,8 @@ class Lookup:
         return (vocabulary, 1), (1, features)
 
     def mean_input(self, x: Array) -> Array:
+        if self.kernel_shape[0] == 1:  # Flax broadcasts a single row, whatever the token
+            return jnp.ones((1, 1), jnp.float32)
         counts = jnp.zeros(self.kernel_shape[0], jnp.float32).at[x.ravel()].add(1.0, mode="drop")
         return (counts / x.size)[:, None]
 

@@ -217,7 +217,7 @@ def _sum_at(x: Array, axis: int, positions: np.ndarray) -> Array:
     if len(positions) == 0:
         return jnp.zeros((*x.shape[:axis], *x.shape[axis + 1 :]), dtype)
     steps = set(np.diff(positions).tolist())
-    if len(steps) > 1 or 0 in steps:  # wrapped or reflected
+    if len(steps) > 1 or min(steps, default=1) < 1:  # wrapped or reflected
         return jnp.sum(jnp.take(x, positions, axis), axis, dtype=dtype)
     step, first, last = next(iter(steps), 1), int(positions[0]), int(positions[-1])
     if step == 1 and first + size - 1 - last <= size // 2:

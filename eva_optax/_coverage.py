@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import numpy as np
 
 from eva_optax._linen import Interceptor
@@ -80,11 +79,8 @@ class Coverage:
         return capture.get().rstrip()
 
 
-def linen_coverage(module: nn.Module, embeddings: bool, *args: Any, **kwargs: Any) -> Coverage:
-    """`coverage` of a Linen module."""
-    interceptor = Interceptor(embeddings)
-    with nn.intercept_methods(interceptor):
-        variables = jax.eval_shape(lambda key: module.init(key, *args, **kwargs), jax.random.key(0))
+def linen_coverage(variables: Any, interceptor: Interceptor) -> Coverage:
+    """`coverage` of a Linen module, from the shapes of its variables and what the interceptor noted."""
     return report(variables.get("params", {}), interceptor.reasons, interceptor.classes, _ELEMENTWISE)
 
 

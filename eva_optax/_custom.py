@@ -74,11 +74,14 @@ def tap_einsum(module: Any, kernel: str, equation: str, x: Array, y: Array, *, b
     shape = _parameter(module, "tap_einsum", "kernel", kernel)
     if bias is not None:
         _parameter(module, "tap_einsum", "bias", bias)
-    rule = parse_equation(equation, x.ndim, shape)
-    if rule is None or (len(rule.x), len(rule.kernel), len(rule.y)) != (x.ndim, len(shape), y.ndim):
+    terms = equation.replace(" ", "").replace("->", ",").split(",")
+    fits = all(map(_fits, terms, (x.ndim, len(shape), y.ndim)))
+    rule = parse_equation(equation, x.shape, shape) if fits else None
+    if rule is None:
         raise ValueError(
             f"eva_optax.tap_einsum: equation {equation!r} does not fit an input of shape {x.shape}, the kernel "
-            f"{kernel!r} of shape {shape} and an output of shape {y.shape}. Every axis needs a letter of its own."
+            f"{kernel!r} of shape {shape} and an output of shape {y.shape}. Every axis needs a letter of its own, and "
+            "axes with the same letter the same size."
         )
     probe = _probe(module, rule, kernel, bias)
     return y if probe is None else tap(rule, bias is not None, probe, x, y)
@@ -136,6 +139,12 @@ def tap_ragged_dot(
         )
     probe = _probe(module, RaggedDot(shape), kernel, bias, batch=shape[:1])
     return y if probe is None else tap_ragged(bias is not None, probe, x, y, group_sizes)
+
+
+def _fits(term: str, rank: int) -> bool:
+    """Whether a term of an equation may describe an array of this rank."""
+    letters = len(term.replace("...", ""))
+    return letters <= rank if "..." in term else letters == rank
 
 
 def _parameter(module: Any, caller: str, argument: str, name: str) -> tuple[int, ...]:

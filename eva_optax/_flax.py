@@ -104,7 +104,7 @@ def tapping(*, embeddings: bool = False) -> AbstractContextManager[Any]:
       >>> sorted(eva_optax.vectors(gradient(params)))
       ['']
     """
-    from eva_optax._tapped import linen_tapping
+    from eva_optax._linen import linen_tapping
 
     return linen_tapping(embeddings)
 
@@ -139,5 +139,4 @@ def coverage(model: Any, *args: Any, **kwargs: Any) -> "Coverage":
         return nnx_coverage(model, *args, **kwargs)
     from eva_optax._coverage import linen_coverage
 
-    tapped = tap(model)
-    return linen_coverage(tapped.module, tapped.embeddings, *args, **kwargs)
+    return linen_coverage(*tap(model).init_shapes(*args, **kwargs))

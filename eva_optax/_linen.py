@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +32,12 @@ from eva_optax._register import registered_call, split_input
 from eva_optax._tap import Probe, Rule, make_probe, probe_shapes, tap
 
 
-def _dense_general(layer: nn.DenseGeneral, kernel_shape: Shape, x_rank: int) -> Plan:
-    return general_plan(layer.axis, layer.batch_dims, kernel_shape, x_rank)
+def _dense_general(layer: nn.DenseGeneral, kernel_shape: Shape, x_shape: Shape) -> Plan:
+    return general_plan(layer.axis, layer.batch_dims, kernel_shape, x_shape)
 
 
-def _einsum(layer: nn.Einsum, kernel_shape: Shape, x_rank: int, einsum_str: str | None = None) -> Plan:
-    return equation_plan(einsum_str or layer.einsum_str or "", kernel_shape, x_rank)
+def _einsum(layer: nn.Einsum, kernel_shape: Shape, x_shape: Shape, einsum_str: str | None = None) -> Plan:
+    return equation_plan(einsum_str or layer.einsum_str or "", kernel_shape, x_shape)
 
 
 # By the function that does the work, not by class: a subclass that overrides `__call__` and calls `super()` reaches the
@@ -52,7 +53,23 @@ _PLANS: dict[Callable[..., Any], Callable[..., Plan]] = {
 _GATE = inspect.unwrap(DenseParams.__call__)
 
 
-@dataclass
+# Where tapped models meet inside of `tapping`, only the innermost interceptor taps: a layer must not be tapped twice.
+_ACTIVE: ContextVar["Interceptor | None"] = ContextVar("active", default=None)
+
+
+@contextmanager
+def linen_tapping(embeddings: bool) -> Iterator["Interceptor"]:
+    """Taps every Linen call inside."""
+    interceptor = Interceptor(embeddings)
+    token = _ACTIVE.set(interceptor)
+    try:
+        with nn.intercept_methods(interceptor):
+            yield interceptor
+    finally:
+        _ACTIVE.reset(token)
+
+
+@dataclass(eq=False)
 class Interceptor:
     """Taps the layers that run under `nn.intercept_methods`, and notes what it finds at each module path.
 
@@ -72,9 +89,9 @@ class Interceptor:
         self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
         module = context.module
-        if module.scope is None:
+        if module.scope is None or _ACTIVE.get() is not self:
             return next_fun(*args, **kwargs)
-        self.classes[module.path] = type(module)
+        self.classes.setdefault(module.path, type(module))
         # Part of the key under which `nn.jit` caches a module: its untapped trace must not serve a tapped call.
         if KRONECKER not in module.scope.flags:
             module.scope.flags = freeze({**module.scope.flags, KRONECKER: self.embeddings})
@@ -121,7 +138,7 @@ class Interceptor:
             return f"{type(module).__name__} has no parameter {kernel!r}"
         if jnp.iscomplexobj(value):
             return COMPLEX
-        return build(module, tuple(value.shape), jnp.ndim(x), *args, **kwargs)
+        return build(module, tuple(value.shape), jnp.shape(x), *args, **kwargs)
 
     def _gate(self, module: nn.Module, params: tuple[Array, Array | None], inputs: Array) -> tuple[Array, Array | None]:
         """Taps the parameters of one gate of an `OptimizedLSTMCell`, which hides its gates' outputs.

@@ -12,9 +12,9 @@ from typing import Any
 
 from flax import nnx
 
+from eva_optax._linen import linen_tapping
 from eva_optax._nnx_layers import Kind, kind_of
 from eva_optax._register import split_input
-from eva_optax._tapped import linen_tapping
 
 _PREFIX = "Tapped:"
 

@@ -21,6 +21,7 @@ from eva_optax._plan import (
     dense_plan,
     embedding_plan,
     equation_plan,
+    example_input,
     general_plan,
     transposed_plan,
 )
@@ -43,12 +44,12 @@ class Kind:
     def plans(self, layer: Any) -> list[Plan]:
         """One plan for each kernel of the layer, without an input: of a call whose input has as few axes as can be."""
         shape = self.own_shape(layer, getattr(layer, self.kernel).shape)
-        return [self.build(layer, shape, _least_rank(layer, self))]
+        return [self.build(layer, shape, _example_input(layer, self, shape))]
 
     def tapped(self, layer: Any, y: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
         """The output `y` of a call, tapped."""
         kwargs = {key: value for key, value in kwargs.items() if key != "out_sharding"}
-        plan = self.build(layer, getattr(layer, self.kernel).shape, jnp.ndim(x), *args, **kwargs)
+        plan = self.build(layer, getattr(layer, self.kernel).shape, jnp.shape(x), *args, **kwargs)
         return y if isinstance(plan, str) else tap_parameters(layer, plan, jnp.asarray(x), y)
 
 
@@ -142,22 +143,23 @@ def _insert(shape: Shape, axes: tuple[int, ...], sizes: list[int]) -> Shape:
     return tuple(grown)
 
 
-def _least_rank(layer: Any, kind: Kind) -> int:
-    """A number of axes that an input of the layer may have."""
+def _example_input(layer: Any, kind: Kind, kernel_shape: Shape) -> Shape:
+    """The shape of an input that the layer may have."""
     if isinstance(layer, nnx.LinearGeneral):
-        return 2 * max(abs(int(axis)) + 1 for axis in (*layer.axis, *layer.batch_axis))
-    if kind.build is _einsum or kind.registration:
-        equation = layer.einsum_str if kind.registration is None else kind.registration.equation_of(layer)
-        return len(equation.split("->")[0].replace(".", "").replace(" ", ""))
-    return 1
+        return (1,) * (2 * max(abs(int(axis)) + 1 for axis in (*layer.axis, *layer.batch_axis)))
+    if kind.registration:
+        return example_input(kind.registration.equation_of(layer), kernel_shape)
+    if kind.build is _einsum:
+        return example_input(layer.einsum_str, kernel_shape)
+    return kernel_shape[:1]
 
 
-def _general(layer: Any, kernel_shape: Shape, x_rank: int) -> Plan:
-    return general_plan(layer.axis, layer.batch_axis, kernel_shape, x_rank)
+def _general(layer: Any, kernel_shape: Shape, x_shape: Shape) -> Plan:
+    return general_plan(layer.axis, layer.batch_axis, kernel_shape, x_shape)
 
 
-def _einsum(layer: Any, kernel_shape: Shape, x_rank: int, einsum_str: str | None = None) -> Plan:
-    return equation_plan(einsum_str or layer.einsum_str, kernel_shape, x_rank)
+def _einsum(layer: Any, kernel_shape: Shape, x_shape: Shape, einsum_str: str | None = None) -> Plan:
+    return equation_plan(einsum_str or layer.einsum_str, kernel_shape, x_shape)
 
 
 _KINDS: dict[type, Kind] = {

@@ -1,5 +1,6 @@
 """How one call of a Flax layer is tapped: what Linen and NNX layers have in common, read from their attributes."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ EMBEDDING_OFF = "embedding: off by default, pass embeddings=True"
 MASKED = "masked kernel"
 REPARAMETRISED = "kernel is computed from other parameters"
 DIAGONAL = "einsum equation takes a diagonal"
+BROADCASTS = "einsum broadcasts the kernel or the input"
 BIAS_ORDER = "bias axes are ordered unlike the kernel's"
 COMPLEX = "complex kernel"
 
@@ -31,16 +33,16 @@ class Tapped:
 Plan = Tapped | str
 
 
-def dense_plan(layer: Any, kernel_shape: Shape, x_rank: int) -> Plan:
+def dense_plan(layer: Any, kernel_shape: Shape, x_shape: Shape) -> Plan:
     """The plan of a Dense or Linear layer."""
-    return equation_plan("...i,io->...o", kernel_shape, x_rank)
+    return equation_plan("...i,io->...o", kernel_shape, x_shape)
 
 
-def general_plan(axis: Any, batch_dims: Any, kernel_shape: Shape, x_rank: int) -> Plan:
+def general_plan(axis: Any, batch_dims: Any, kernel_shape: Shape, x_shape: Shape) -> Plan:
     """The plan of a DenseGeneral or LinearGeneral layer, which contracts `axis` of its input."""
-    axes = sorted(axis % x_rank for axis in as_tuple(axis))
-    batch = sorted(axis % x_rank for axis in as_tuple(batch_dims))
-    letters = [chr(ord("a") + axis) for axis in range(x_rank)]
+    axes = sorted(axis % len(x_shape) for axis in as_tuple(axis))
+    batch = sorted(axis % len(x_shape) for axis in as_tuple(batch_dims))
+    letters = [chr(ord("a") + axis) for axis in range(len(x_shape))]
     outputs = [chr(ord("A") + axis) for axis in range(len(kernel_shape) - len(axes) - len(batch))]
     kernel = [letters[axis] for axis in batch + axes] + outputs
     rest = [letter for axis, letter in enumerate(letters) if axis not in axes and axis not in batch]
@@ -49,12 +51,15 @@ def general_plan(axis: Any, batch_dims: Any, kernel_shape: Shape, x_rank: int) -
 
 
 def equation_plan(
-    equation: str, kernel_shape: Shape, x_rank: int, kernel: str = "kernel", bias: str | None = "bias"
+    equation: str, kernel_shape: Shape, x_shape: Shape, kernel: str = "kernel", bias: str | None = "bias"
 ) -> Plan:
     """The plan of a layer that computes an einsum equation."""
-    rule = parse_equation(equation, x_rank, kernel_shape)
+    rule = parse_equation(equation, x_shape, kernel_shape)
     if rule is None:
-        return DIAGONAL
+        repeated = any(
+            term.count(letter) > 1 for term in re.split(",|->", equation) for letter in term if letter not in ". "
+        )
+        return DIAGONAL if repeated else BROADCASTS
     # Flax orders the axes of the bias as they come in the output.
     order = [rule.kernel.index(letter) for letter in rule.y if letter in rule.kernel]
     if order == sorted(order):
@@ -62,7 +67,16 @@ def equation_plan(
     return Tapped(rule, kernel, bias=None, bias_reason=BIAS_ORDER)
 
 
-def convolution_plan(layer: Any, kernel_shape: Shape, x_rank: int) -> Plan:
+def example_input(equation: str, kernel_shape: Shape) -> Shape:
+    """The shape of an input that a layer of this equation takes, with as few axes as can be."""
+    x, kernel = equation.replace(" ", "").split("->")[0].split(",")
+    hidden = len(kernel_shape) - len(kernel.replace("...", ""))
+    letters = "".join(chr(ord("Z") + 1 + index) for index in range(hidden))  # of no alphabet
+    sizes = dict(zip(kernel.replace("...", letters), kernel_shape, strict=True))
+    return tuple(sizes.get(letter, 1) for letter in x.replace("...", letters))
+
+
+def convolution_plan(layer: Any, kernel_shape: Shape, x_shape: Shape) -> Plan:
     """The plan of a Conv or ConvLocal layer."""
     if layer.mask is not None:
         return MASKED
@@ -76,7 +90,7 @@ def convolution_plan(layer: Any, kernel_shape: Shape, x_rank: int) -> Plan:
     return Tapped(LocalConvolution(kernel_shape, window, *geometry))
 
 
-def transposed_plan(layer: Any, kernel_shape: Shape, x_rank: int) -> Plan:
+def transposed_plan(layer: Any, kernel_shape: Shape, x_shape: Shape) -> Plan:
     """The plan of a ConvTranspose layer."""
     if layer.mask is not None:
         return MASKED
@@ -86,7 +100,7 @@ def transposed_plan(layer: Any, kernel_shape: Shape, x_rank: int) -> Plan:
     return Tapped(TransposedConvolution(kernel_shape, strides, padding, kernel_dilation, layer.transpose_kernel))
 
 
-def embedding_plan(layer: Any, kernel_shape: Shape, x_rank: int) -> Plan:
+def embedding_plan(layer: Any, kernel_shape: Shape, x_shape: Shape) -> Plan:
     """The plan of a lookup in an embedding table."""
     return Tapped(Lookup((kernel_shape[0], kernel_shape[1])), kernel="embedding", bias=None)
 

@@ -37,9 +37,9 @@ class Registration:
     def __exit__(self, *error: object) -> None:
         self.remove()
 
-    def plan(self, layer: Any, kernel_shape: tuple[int, ...], x_rank: int) -> Plan:
-        """How a call of the layer with an input of `x_rank` axes is tapped."""
-        return equation_plan(self.equation_of(layer), kernel_shape, x_rank, self.kernel, self.bias)
+    def plan(self, layer: Any, kernel_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> Plan:
+        """How a call of the layer with an input of shape `x_shape` is tapped."""
+        return equation_plan(self.equation_of(layer), kernel_shape, x_shape, self.kernel, self.bias)
 
     def own_shape(self, layer: Any, full: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a kernel without stacked axes: the last ones, as many as the equation gives it."""

@@ -1,23 +1,15 @@
-"""`tap` and `tapping`: the tapped stand-in for a Linen module, and the context manager behind it."""
+"""The tapped stand-ins for a Linen module and for a bound one."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import flax.linen as nn
+import jax
 
-from eva_optax._linen import Interceptor
+from eva_optax._linen import Interceptor, linen_tapping
 from eva_optax._pairing import is_probe, leaves_by_path
-
-
-@contextmanager
-def linen_tapping(embeddings: bool) -> Iterator[Interceptor]:
-    """Taps every Linen call inside."""
-    interceptor = Interceptor(embeddings)
-    with nn.intercept_methods(interceptor):
-        yield interceptor
 
 
 @dataclass(frozen=True)
@@ -34,16 +26,16 @@ class TappedModule:
 
     def init(self, *args: Any, **kwargs: Any) -> Any:
         """`module.init`, with probes in "params"."""
-        return self._checked(self._run("init", *args, **kwargs))
+        return self.checked(self._run("init", *args, **kwargs))
 
     def init_with_output(self, *args: Any, **kwargs: Any) -> Any:
         """`module.init_with_output`, with probes in "params"."""
         output, variables = self._run("init_with_output", *args, **kwargs)
-        return output, self._checked(variables)
+        return output, self.checked(variables)
 
     def lazy_init(self, *args: Any, **kwargs: Any) -> Any:
         """`module.lazy_init`, with probes in "params"."""
-        return self._checked(self._run("lazy_init", *args, **kwargs))
+        return self.checked(self._run("lazy_init", *args, **kwargs))
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """`module.apply`, tapped."""
@@ -61,11 +53,28 @@ class TappedModule:
         """`module.clone`, tapped."""
         return TappedModule(self.module.clone(*args, **kwargs), self.embeddings)
 
+    def init_shapes(self, *args: Any, **kwargs: Any) -> tuple[Any, Interceptor]:
+        """The shapes of what `init` returns for a call with these arguments, and what was found about its layers.
+
+        Nothing is computed: arrays, or their `jax.ShapeDtypeStruct`, are traced; everything else is passed as it is.
+        """
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        traced = [leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else None for leaf in leaves]
+
+        def init(key: Any, arrays: Any) -> Any:
+            filled = [leaf if array is None else array for leaf, array in zip(leaves, arrays, strict=True)]
+            args, kwargs = jax.tree.unflatten(structure, filled)
+            return self.module.init(key, *args, **kwargs)
+
+        with linen_tapping(self.embeddings) as interceptor:
+            return jax.eval_shape(init, jax.random.key(0), traced), interceptor
+
     def _run(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         with linen_tapping(self.embeddings):
             return getattr(self.module, method)(*args, **kwargs)
 
-    def _checked(self, variables: Any) -> Any:
+    def checked(self, variables: Any) -> Any:
+        """`variables`, if there are probes among their parameters; ValueError if nothing could be tapped."""
         params = variables.get("params", {})
         if params and not any(map(is_probe, leaves_by_path(params))):
             raise ValueError(
@@ -88,15 +97,22 @@ class BoundModule:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("_module", "_embeddings"):
             raise AttributeError(name)
-        value = getattr(self._module, name)
-        if isinstance(value, nn.Module):
-            return BoundModule(value, self._embeddings)
-        return self._tapped(value) if callable(value) else value
+        return self._wrapped(getattr(self._module, name))
 
     def unbind(self) -> tuple[TappedModule, Any]:
         """The tapped module and its variables."""
         module, variables = self._module.unbind()
         return TappedModule(module, self._embeddings), variables
+
+    def _wrapped(self, value: Any) -> Any:
+        """Submodules, also in the containers that `setup` may hold them in, and methods, so that they run tapped."""
+        if isinstance(value, nn.Module):
+            return BoundModule(value, self._embeddings)
+        if isinstance(value, tuple | list) and any(isinstance(item, nn.Module) for item in value):
+            return type(value)(map(self._wrapped, value))
+        if isinstance(value, Mapping) and any(isinstance(item, nn.Module) for item in value.values()):
+            return {key: self._wrapped(item) for key, item in value.items()}
+        return self._tapped(value) if callable(value) else value
 
     def _tapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)

@@ -167,6 +167,7 @@ class Wrong(nnx.Module):
         ({"equation": "bi,io"}, "must have the form"),
         ({"equation": "bti,io->bto"}, "does not fit"),
         ({"equation": "bi,ii->bi"}, "does not fit"),
+        ({"equation": "bi,oi->bo"}, "does not fit"),
     ],
 )
 def test_wrong_calls_name_the_argument(arguments, message):
