@@ -66,6 +66,7 @@ def draw(random: np.random.Generator, leaf) -> jax.Array:
 TX = optax.chain(eva_optax.scale_by_eva(step_rule="grad_norm"), optax.sgd(1.0))
 
 
+@pytest.mark.filterwarnings("ignore:The `concrete` option:DeprecationWarning")  # Flax 0.12.0, in nn.remat
 @pytest.mark.parametrize("case", LINEN, ids=str)
 def test_linen(case: RealModel):
     model = case.make()
