@@ -9,10 +9,10 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from eva_optax._pairing import Path, TappedLayer, find_layers, is_probe, leaves_by_path, replace_leaves
+from eva_optax._options import check_decay, check_layers, check_positive, check_probes
+from eva_optax._pairing import Path, TappedLayer, is_probe, leaves_by_path, replace_leaves
 from eva_optax._rank_one import RankOne, Sums, apply_rank_one, eva_step, layer_sums, rank_one_products
-from eva_optax._running import settle, start_averages, take_in
-from eva_optax._tap import accumulator
+from eva_optax._running import check_state, settle, start_averages, take_in
 
 StepRule = Literal["none", "kl_clip", "kl_norm", "grad_norm"]
 
@@ -24,7 +24,8 @@ class ScaleByEvaState(NamedTuple):
       count: steps taken, int32 scalar.
       vectors: the running vectors, shaped like the parameters: each probe holds the averages `a` and `b`, and in `n` 1
         as soon as there is one; everything else is an `optax.MaskedNode`.
-      skipped: how many times a layer was skipped because its vectors were not finite, int32 scalar.
+      skipped: how many times a layer was skipped because its vectors were not finite, or no longer those that its tap
+        gave, int32 scalar.
       nu: the last step-size factor ν, float scalar.
     """
 
@@ -65,7 +66,10 @@ def scale_by_eva(
     "grad_norm"  :math:`\sqrt{\sum \|G\|^2 / \sum \|P\|^2}`                             reference code
     ===========  =====================================================================  =======================
 
-    Put it first in a chain, before any optimizer: ``optax.chain(scale_by_eva(), optax.sgd(0.1, momentum=0.9))``.
+    Put it first in a chain, before any optimizer: ``optax.chain(scale_by_eva(), optax.sgd(0.1, momentum=0.9))``. Before
+    it only operations that are linear in the whole gradient keep the meaning of the vectors, such as clipping by the
+    global norm. What Adam, Lion, a sign or noise leave of them is recognised by their counters and not used; RMSprop
+    and Adagrad, whose eps stands under the root, are not recognised.
     Parameters that are not tapped keep their gradient and do not enter ν; updates of probes are zero. A layer whose
     vectors are not finite keeps its averages and its gradient for that step, and `skipped` counts it. A layer whose
     gradient is not finite, or that was not used, passes its gradient on.
@@ -89,7 +93,8 @@ def scale_by_eva(
 
     Raises:
       ValueError: for an option out of its range; at init, if the parameters hold no probes; at update, if the gradients
-        hold none, or if a layer's vectors, kernel and state do not fit.
+        hold none, if a layer's vectors, kernel and state do not fit, if the state is no `ScaleByEvaState`, or if the
+        probes' gradients went through Adam or the like (then, under `jit`, the layer is skipped and counted).
 
     Source: Zhang, Shi and Li, "Eva: Practical Second-order Optimization with Kronecker-vectorized Approximation", ICLR
     2023 (the Sherman-Morrison update and the KL clip); extended version arXiv:2308.02123 (the KL normalization).
@@ -105,18 +110,13 @@ def scale_by_eva(
       >>> updates["bias"]  # all inputs are equal, so that G = a b exactly and P = G (1 - 1 / 1.1)
       Array([-0.03636365, -0.03636365], dtype=float32)
     """
-    _check_options(damping, decay, step_rule, kl_clip)
+    check_positive("scale_by_eva", damping=damping, kl_clip=kl_clip)
+    check_decay("scale_by_eva", decay)
+    if step_rule not in get_args(StepRule):
+        raise ValueError(f"eva_optax.scale_by_eva: step_rule must be one of {get_args(StepRule)}, got {step_rule!r}.")
 
     def init(params: Any) -> ScaleByEvaState:
-        leaves = leaves_by_path(params)
-        if leaves and not any(map(is_probe, leaves)):
-            raise ValueError(
-                "eva_optax.scale_by_eva: the parameters hold no probes, so that no Kronecker vectors can be collected. "
-                "Tap the model before its parameters are made: model = eva_optax.tap(model), then model.init(key, x). "
-                "For parameters that exist already: params = eva_optax.attach(model, params, x)."
-            )
-        find_layers(leaves)
-
+        check_probes("scale_by_eva", params)
         averages = start_averages(params, ("a", "b"))
         dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(averages)))
         zero = jnp.zeros((), jnp.int32)
@@ -124,13 +124,9 @@ def scale_by_eva(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByEvaState]:
         del params
+        check_state("scale_by_eva", state, ScaleByEvaState)
+        layers = check_layers("scale_by_eva", updates)
         leaves, averages = leaves_by_path(updates), leaves_by_path(state.vectors)
-        layers = find_layers(leaves)
-        if not layers and leaves:
-            raise ValueError(
-                "eva_optax.scale_by_eva: the updates hold no tapped layer. Give it the gradients of all parameters, "
-                'probes included (below "kronecker" in each layer), before anything that flattens or drops them.'
-            )
         steps = [_read(layer, leaves, averages, decay) for layer in layers]
         rank_ones = [eva_step(step.sums, damping, relative, keep_scale=step_rule == "kl_norm") for step in steps]
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -168,11 +164,7 @@ def _read(layer: TappedLayer, leaves: dict[Path, Array], averages: dict[Path, Ar
     layout = layer.layout
     average = take_in(layer, leaves, averages, ("a", "b"), decay)
     a, b = (layout.view(average.vectors[name]) for name in ("a", "b"))
-    gradient = jnp.asarray(leaves[layer.kernel])
-    kernel = layout.view(gradient.astype(accumulator(gradient.dtype)))
-    bias = None
-    if layer.bias is not None:
-        bias = layout.view(layout.spread_bias(jnp.asarray(leaves[layer.bias]).astype(kernel.dtype)))
+    kernel, bias = layer.gradient(leaves)
     sums = layer_sums(layout, kernel, bias, a, b)
     # Whether the gradient is finite comes out of the sums, so that it costs no read of its own.
     finite_gradient = layout.all_per_layer(jnp.isfinite(layout.unview(sums.gg, layout.batch_shape)))
@@ -182,15 +174,10 @@ def _read(layer: TappedLayer, leaves: dict[Path, Array], averages: dict[Path, Ar
 
 def _write(step: _LayerStep, rank_one: RankOne, nu: Array, leaves: dict[Path, Array]) -> dict[Path, Array]:
     """The updates of the layer's kernel and bias: the second read of its gradient."""
-    layer, layout = step.layer, step.layer.layout
     factor = jnp.where(step.healthy, rank_one.factor * nu.astype(step.a.dtype), 1)
     coefficient = jnp.where(step.healthy, rank_one.coefficient, 0)
     kernel, bias = apply_rank_one(RankOne(factor, coefficient), step.kernel, step.bias, step.a, step.b)
-    updates = {layer.kernel: layout.unview(kernel, layout.kernel).astype(leaves[layer.kernel].dtype)}
-    if layer.bias is not None and bias is not None:
-        bias = layout.gather_bias(layout.unview(bias, layout.b))
-        updates[layer.bias] = bias.astype(leaves[layer.bias].dtype)
-    return updates
+    return step.layer.place(kernel, bias, leaves)
 
 
 def _step_size(
@@ -218,16 +205,3 @@ def _step_size(
     defined = denominator > 0
     nu = jnp.where(defined, jnp.sqrt(numerator / jnp.where(defined, denominator, 1)), 1)
     return jnp.minimum(nu, 1) if step_rule == "kl_clip" else nu
-
-
-def _check_options(damping: ArrayLike, decay: ArrayLike, step_rule: str, kl_clip: ArrayLike) -> None:
-    for name, value in (("damping", damping), ("kl_clip", kl_clip)):
-        if isinstance(value, int | float) and not value > 0:
-            raise ValueError(f"eva_optax.scale_by_eva: {name} must be greater than 0, got {value}.")
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
-        raise ValueError(
-            f"eva_optax.scale_by_eva: decay must lie in [0, 1), got {decay}. It is the weight of the old average; the "
-            "reference code's factor_decay is the weight of the new value, 1 - decay."
-        )
-    if step_rule not in get_args(StepRule):
-        raise ValueError(f"eva_optax.scale_by_eva: step_rule must be one of {get_args(StepRule)}, got {step_rule!r}.")

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from eva_optax._layout import Layout
-from eva_optax._tap import PROBE_LEAVES
+from eva_optax._tap import PROBE_LEAVES, UNIT, accumulator, is_probe_gradient, shard_like
 
 KRONECKER = "kronecker"
 Path = tuple[str, ...]
@@ -72,6 +73,22 @@ class TappedLayer(NamedTuple):
     probe: dict[str, Path]
     layout: Layout
 
+    def gradient(self, leaves: dict[Path, Array]) -> tuple[Array, Array | None]:
+        """Kernel and bias of the layer among `leaves`, in the layout's view, at least float32."""
+        kernel = jnp.asarray(leaves[self.kernel])
+        kernel = self.layout.view(kernel.astype(accumulator(kernel.dtype)))
+        if self.bias is None:
+            return kernel, None
+        bias = self.layout.spread_bias(jnp.asarray(leaves[self.bias]).astype(kernel.dtype))
+        return kernel, self.layout.view(bias)
+
+    def place(self, kernel: Array, bias: Array | None, leaves: dict[Path, Array]) -> dict[Path, Array]:
+        """Undoes `gradient`: kernel and bias by path, with the shapes, dtypes and shardings that `leaves` has."""
+        placed = {self.kernel: self.layout.unview(kernel, self.layout.kernel)}
+        if self.bias is not None and bias is not None:
+            placed[self.bias] = self.layout.gather_bias(self.layout.unview(bias, self.layout.b))
+        return {path: shard_like(value.astype(leaves[path].dtype), leaves[path]) for path, value in placed.items()}
+
 
 def find_layers(leaves: dict[Path, Any]) -> list[TappedLayer]:
     """The tapped layers among `leaves`, in their order; one whose kernel is missing (masked) is left out.
@@ -126,15 +143,36 @@ class KroneckerVectors(NamedTuple):
 
 
 def true_vectors(layer: TappedLayer, leaf: Callable[[Path], Array]) -> tuple[KroneckerVectors, Array]:
-    """The vectors of this step with counting and unit undone, and whether the layer was used (the counter's shape)."""
+    """The vectors of this step with counting and unit undone, and whether the layer was used (the counter's shape).
+
+    Both are NaN where the leaves are no gradients of a probe, because something changed them entry by entry.
+
+    Raises:
+      ValueError: in that case, if the values are known (not under `jit`).
+    """
     a, b, n, unit = (jnp.asarray(leaf(layer.probe[name])) for name in PROBE_LEAVES)
     dtype = jnp.promote_types(a.dtype, jnp.float32)
     a, b, n, unit = (value.astype(dtype) for value in (a, b, n, unit))
     used = n != 0
     count = jnp.where(used, n, 1)
-    per_unit = jnp.where(used, count / jnp.where(unit == 0, 1, unit), 0)
+    ratio = count / jnp.where(unit == 0, 1, unit)
+    foreign = used & ~is_probe_gradient(ratio)
+    _refuse_foreign(layer.name, foreign & jnp.isfinite(ratio), ratio)
+    per_unit = jnp.where(used, jnp.where(foreign, jnp.nan, ratio), 0)
+    count = jnp.where(foreign, jnp.nan, count)
     spread = layer.layout.spread_counter
     return KroneckerVectors(a / spread(count), b * spread(per_unit)), used
+
+
+def _refuse_foreign(name: str, foreign: Array, ratio: Array) -> None:
+    if isinstance(foreign, Tracer) or not foreign.is_fully_addressable or not bool(foreign.any()):
+        return
+    raise ValueError(
+        f"eva_optax: what layer {name!r} has below {KRONECKER!r} is not the gradient of a probe: its counters have the "
+        f"ratio {float(ratio[foreign][0]):.7g}, a gradient has {1 / UNIT:.7g}. Something before Eva changes gradients "
+        "entry by entry (Adam, sign, noise). Put Eva first: optax.chain(eva_optax.scale_by_eva(), optax.adam(1e-3)). "
+        "Before it only linear operations make sense: averages, clip_by_global_norm, weight decay."
+    )
 
 
 def vectors(grads: Any) -> dict[str, KroneckerVectors]:
@@ -151,7 +189,8 @@ def vectors(grads: Any) -> dict[str, KroneckerVectors]:
       zeros. For a grouped convolution `a` is repeated, so that `a * b` broadcasts to the kernel here too.
 
     Raises:
-      ValueError: if `grads` holds no probes, or a probe does not fit its kernel.
+      ValueError: if `grads` holds no probes, a probe does not fit its kernel, or what it holds is no longer a gradient
+        (known only outside of `jit`).
 
     Source: Zhang, Shi and Li, "Eva: Practical Second-order Optimization with Kronecker-vectorized Approximation", ICLR
     2023 (the Kronecker vectors; b here is a sum, so that it equals the bias gradient).

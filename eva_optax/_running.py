@@ -5,7 +5,7 @@ In the state each probe holds the averages of its vectors, and in `n` 1 as soon 
 taken in leaves the average as it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,24 @@ def start_averages(params: Any, vectors: Sequence[str]) -> Any:
         return optax.MaskedNode()
 
     return jax.tree_util.tree_map_with_path(start, params)
+
+
+def check_state(function: str, state: Any, wanted: type) -> None:
+    """Refuses a state that is not one of `wanted`, a NamedTuple.
+
+    Raises:
+      ValueError: naming the function, what the state is, and how to go on.
+    """
+    if isinstance(state, wanted):
+        return
+    held = tuple(state) if isinstance(state, Mapping) else getattr(state, "_fields", None)
+    fields: Any = getattr(wanted, "_fields", ())
+    raise ValueError(
+        f"eva_optax.{function}: state must be a {wanted.__name__} with the fields {fields}, got a "
+        f"{type(state).__name__}" + (f" with {held}" if held else "") + ". Restore a checkpoint with tx.init(params) "
+        "as its template. A state of another optimizer, or of a version with other fields, cannot be converted: keep "
+        "the parameters and go on with tx.init(params), whose averages the next step fills."
+    )
 
 
 class Average(NamedTuple):
@@ -51,9 +69,14 @@ def take_in(
     """m ← decay·m + (1 − decay)·new, the first value as it is.
 
     Raises:
-      ValueError: if the averages are of other shapes than the layer's vectors.
+      ValueError: if the averages lack the layer, or are of other shapes than its vectors.
     """
     layout = layer.layout
+    if any(layer.probe[name] not in averages for name in (*vectors, "n")):
+        raise ValueError(
+            f"eva_optax: the state holds no vectors for layer {layer.name!r}, the gradients do. Make the state with "
+            "tx.init(params), from the parameters that are trained."
+        )
     old = {name: averages[layer.probe[name]] for name in (*vectors, "n")}
     wanted = {"a": layout.a, "b": layout.b, "n": layout.counter}
     for name, average in old.items():
@@ -88,5 +111,5 @@ def settle(layer: TappedLayer, average: Average, finite_gradient: Array) -> tupl
     keep = layer.layout.spread_counter(healthy)
     state = {layer.probe["n"]: jnp.where(healthy, 1, average.old["n"])}
     for name, vector in average.vectors.items():
-        state[layer.probe[name]] = jnp.where(keep, vector, average.old[name])
+        state[layer.probe[name]] = jnp.where(keep, vector, average.old[name]).astype(average.old[name].dtype)
     return keep, broken, state

@@ -23,8 +23,9 @@ PROBE_LEAVES = ("a", "b", "n", "unit")
 
 # Stored in this unit the vectors are far below the rounding of any gradient, so that a global norm or a clip that
 # is placed before Eva does not see them. A power of two: only exponents change. Half precision has no exponents
-# that small and stores the vectors as they are.
+# that small; its unit is one that no sign or other function of single entries leaves behind (see `is_probe_gradient`).
 UNIT = 2.0**-40
+HALF_UNIT = 0.5
 
 # A sum of terms that cancel leaves rounding noise: each term carries its own rounding error, and the accumulation adds
 # errors of the accumulator. These factors cover what BatchNorm leaves in float32 and float64, and in bfloat16 over up
@@ -32,6 +33,9 @@ UNIT = 2.0**-40
 # genuine vectors, such as those of a head on balanced classes.
 TERM_ROUNDINGS = 5.0
 ACCUMULATOR_ROUNDINGS = 8.0
+
+# Every linear operation changes n and unit alike, up to rounding; Adam's eps of 1e-8 shifts their ratio by 9e-5.
+RATIO_TOLERANCE = 2.0**-16
 
 
 class Rule(Protocol):
@@ -104,6 +108,12 @@ def _vary(leaf: Array, axes: frozenset[str]) -> Array:
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
+def shard_like(value: Array, leaf: Array) -> Array:
+    """`value` with the sharding of `leaf`, where shardings are part of the types (explicit mesh axes)."""
+    wanted = jax.typeof(leaf).sharding
+    return value if jax.typeof(value).sharding.spec == wanted.spec else jax.sharding.reshard(value, wanted)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _tap(rule: Rule, has_bias: bool, probe: Probe, x: Array, y: Array) -> Array:
     return y
@@ -131,8 +141,8 @@ def _tap_backward(rule: Rule, has_bias: bool, residuals: tuple[Array, Probe], dy
 
     def cotangent(value: Array, name: str, power: int = 1) -> Array:
         leaf = probe[name]
-        unit = 1.0 if leaf.dtype == jnp.float16 else UNIT
-        return jnp.broadcast_to(value * (unit**power), leaf.shape).astype(leaf.dtype)
+        unit = HALF_UNIT if leaf.dtype == jnp.float16 else UNIT
+        return shard_like(jnp.broadcast_to(value * (unit**power), leaf.shape).astype(leaf.dtype), leaf)
 
     counted = {"a": a * one, "b": b * one.astype(b.dtype), "n": one}
     cotangents = {name: cotangent(value, name) for name, value in counted.items()}
@@ -140,6 +150,12 @@ def _tap_backward(rule: Rule, has_bias: bool, residuals: tuple[Array, Probe], dy
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
+
+
+def is_probe_gradient(per_unit: Array) -> Array:
+    """Whether `per_unit`, n over unit, is one that a tap leaves: linear operations on gradients cannot change it."""
+    known = [jnp.abs(per_unit * unit - 1) < RATIO_TOLERANCE for unit in (UNIT, HALF_UNIT)]
+    return known[0] | known[1]
 
 
 def _drop_noise(vector: Array, terms: Array, *, averaged: bool) -> Array:

@@ -1,0 +1,450 @@
+"""Eva inside every Optax wrapper: each combination equals a computed expectation, or is refused in so many words.
+
+Most expectations come from one comparison. A wrapper around Eva trains a tapped model; beside it the same wrapper, on
+the same parameters without their probes, trains with an inner transformation that only returns what Eva would: the
+probes must be invisible to the wrapper, and the wrapper to Eva.
+"""
+
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eva_optax
+
+
+class Network(nn.Module):
+    """Two tapped layers and a scale that is not tapped."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.LayerNorm()(nn.tanh(nn.Dense(4)(x))))
+
+
+MODEL = eva_optax.tap(Network())
+RATE = 0.1
+
+
+def compiled(tx):
+    return optax.GradientTransformation(tx.init, jax.jit(tx.update))
+
+
+# Every public transformation of the family: each test below that takes a `member` runs over all of them.
+FAMILY = {"scale_by_eva": compiled(eva_optax.scale_by_eva()), "eva": compiled(eva_optax.eva(1.0))}
+family = pytest.mark.parametrize("member", FAMILY.values(), ids=FAMILY.keys())
+
+
+def batch(size: int = 8, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(size, 5)).astype(np.float32), rng.normal(size=(size, 3)).astype(np.float32)
+
+
+def loss(params, x, y):
+    return jnp.mean((MODEL.apply({"params": params}, x) - y) ** 2)
+
+
+value_and_grad = jax.jit(jax.value_and_grad(loss))
+
+
+def gradient(params, seed: int = 0):
+    return value_and_grad(params, *batch(seed=seed))[1]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return MODEL.init(jax.random.key(0), batch()[0])["params"]
+
+
+def assert_close(got, want, tolerance=1e-6):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance * max(1.0, float(np.abs(theirs).max())))
+
+
+def assert_probes_stay_zero(params):
+    probes = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "kronecker" in str(path)]
+    assert len(probes) == 8
+    assert not any(np.any(leaf) for leaf in probes)
+
+
+class Inner(NamedTuple):
+    """Marks the state of the wrapped transformation inside the wrapper's."""
+
+    state: Any
+
+
+def marked(tx):
+    def update(updates, state, params=None):
+        updates, inner = tx.update(updates, state.state, params)
+        return updates, Inner(inner)
+
+    return optax.GradientTransformation(lambda params: Inner(tx.init(params)), update)
+
+
+def inner_state(state):
+    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, Inner))
+    return next(leaf for leaf in leaves if isinstance(leaf, Inner)).state
+
+
+class Answer:
+    """A transformation that returns what it is told to."""
+
+    def __init__(self):
+        self.updates: Any = None
+        self.tx = optax.GradientTransformation(lambda params: optax.EmptyState(), self._update)
+
+    def _update(self, updates, state, params=None):
+        return self.updates, state
+
+
+sgd = optax.scale(-RATE)
+adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+
+WRAPPERS = {
+    "chain": lambda inner: optax.chain(inner, optax.trace(0.9), sgd),
+    "named_chain": lambda inner: optax.named_chain(("eva", inner), ("adam", optax.adam(1e-2))),
+    "apply_if_finite": lambda inner: optax.apply_if_finite(optax.chain(inner, sgd), 3),
+    "conditionally_transform": lambda inner: optax.chain(
+        optax.conditionally_transform(inner, lambda step: step % 2 == 0), sgd
+    ),
+    "conditionally_mask": lambda inner: optax.chain(optax.conditionally_mask(inner, lambda step: step % 2 == 0), sgd),
+    "schedule_free": lambda inner: optax.contrib.schedule_free(optax.chain(inner, sgd), RATE),
+    "mechanize": lambda inner: optax.contrib.mechanize(optax.chain(inner, sgd), weight_decay=0.0),
+    "reduce_on_plateau": lambda inner: optax.chain(inner, sgd, optax.contrib.reduce_on_plateau(0.5, patience=1)),
+    "sam": lambda inner: optax.contrib.sam(optax.chain(inner, sgd), adversary),
+    "ema": lambda inner: optax.chain(inner, optax.ema(0.9), sgd),
+    "clip_by_global_norm after": lambda inner: optax.chain(inner, optax.clip_by_global_norm(0.01), sgd),
+    "add_decayed_weights after": lambda inner: optax.chain(inner, optax.add_decayed_weights(0.1), sgd),
+    "normalize_by_update_norm after": lambda inner: optax.chain(inner, optax.normalize_by_update_norm(), sgd),
+    "trust ratio after": lambda inner: optax.chain(inner, optax.scale_by_trust_ratio(), sgd),
+    "adamw": lambda inner: optax.chain(inner, optax.adamw(1e-2)),
+    "lion": lambda inner: optax.chain(inner, optax.lion(1e-2)),
+}
+
+
+def compare(wrapper, member, params, steps=3, pair=False):
+    """Trains both ways, see above; returns the last parameters."""
+    answer = Answer()
+    wrapped, plain = wrapper(marked(member)), wrapper(answer.tx)
+    both = optax.LookaheadParams.init_synced(params) if pair else params
+    state, plain_state = wrapped.init(both), plain.init(eva_optax.strip(both))
+    for step in range(steps):
+        params = both.fast if pair else both
+        value, grads = value_and_grad(params, *batch(seed=step))
+        told, _ = member.update(grads, inner_state(state), params)
+        answer.updates = eva_optax.strip(told)
+        extra = {"value": value} if wrapper is WRAPPERS["reduce_on_plateau"] else {}
+        updates, state = wrapped.update(grads, state, both, **extra)
+        wanted, plain_state = plain.update(eva_optax.strip(grads), plain_state, eva_optax.strip(both), **extra)
+        assert_close(eva_optax.strip(updates), wanted)
+        assert step or np.any(jax.tree.leaves(wanted)[0])
+        both = optax.apply_updates(both, updates)
+    return both
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@family
+def test_wrappers_do_not_see_probes_and_eva_does_not_see_the_wrapper(name, member, params):
+    params = compare(WRAPPERS[name], member, params)
+    if not name.startswith(("conditionally", "sam")):  # these apply plain gradients, the probes' with the others
+        assert_probes_stay_zero(params)
+
+
+@family
+def test_lookahead_steps_on_both_sets_of_parameters(member, params):
+    params = compare(
+        lambda inner: optax.lookahead(optax.chain(inner, sgd), sync_period=2, slow_step_size=0.5),
+        member,
+        params,
+        pair=True,
+    )
+    assert_probes_stay_zero(params.fast)
+    assert_probes_stay_zero(params.slow)
+
+
+# Before Eva: what is linear in the whole gradient.
+
+
+@family
+def test_clipping_before_eva_scales_gradient_and_vectors_alike(member, params):
+    grads = gradient(params)
+    tx = optax.chain(optax.clip_by_global_norm(0.01), member)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    factor = 0.01 / optax.tree.norm(eva_optax.strip(grads))
+    assert factor < 0.5
+    wanted, _ = member.update(jax.tree.map(lambda leaf: factor * leaf, grads), member.init(params), params)
+    assert_close(updates, wanted)
+
+
+@family
+def test_decay_before_eva_joins_the_gradient(member, params):
+    tx = optax.chain(optax.add_decayed_weights(0.1), member)
+    updates, _ = tx.update(gradient(params), tx.init(params), params)
+    decayed = jax.tree.map(lambda g, p: g + 0.1 * p, gradient(params), params)
+    wanted, _ = member.update(decayed, member.init(params), params)
+    assert_close(updates, wanted)
+
+
+@family
+def test_an_average_of_gradients_before_eva_has_the_averaged_vectors(member, params):
+    tx = optax.chain(optax.ema(0.9, debias=True), member)
+    state, own = tx.init(params), member.init(params)
+    mean = jax.tree.map(jnp.zeros_like, params)
+    for step in range(3):
+        grads = gradient(params, step)
+        mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, grads)
+        average = jax.tree.map(lambda m: m / (1 - 0.9 ** (step + 1)), mean)  # noqa: B023
+        updates, state = tx.update(grads, state, params)
+        wanted, own = member.update(average, own, params)
+        assert_close(updates, wanted)
+
+
+# Before Eva: what changes entries one by one.
+
+SPOILERS = {
+    "adam": optax.adam(1e-3),
+    "adamw": optax.adamw(1e-3, eps=1e-10),
+    "nadam": optax.nadam(1e-3),
+    "lion": optax.lion(1e-3),
+    "sign": optax.sign_sgd(1e-3),
+    "noise": optax.add_noise(0.1, 0.5, 0),
+}
+
+
+@pytest.mark.parametrize("name", SPOILERS)
+def test_eva_after_a_transformation_of_single_entries_is_refused(name, params):
+    tx = optax.chain(SPOILERS[name], eva_optax.scale_by_eva())
+    grads, state = gradient(params), tx.init(params)
+    # Compiled, values are not known when the step is traced: the layers are skipped, and counted.
+    spoiled, state = jax.jit(tx.update)(grads, state, params)
+    assert optax.tree.get(state, "skipped") == 2
+    wanted, _ = jax.jit(SPOILERS[name].update)(grads, SPOILERS[name].init(params), params)
+    assert_close(eva_optax.strip(spoiled), eva_optax.strip(wanted))
+    with pytest.raises(ValueError, match=r"not the gradient of a probe.*Put Eva first: optax\."):
+        tx.update(grads, tx.init(params), params)
+    _, state = jax.jit(FAMILY["eva"].update)(wanted, FAMILY["eva"].init(params), params)
+    assert optax.tree.get(state, "skipped") == 2
+
+
+def test_half_precision_probes_are_told_apart_from_signs(params):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)
+    x, y = (part.astype(np.float16) for part in batch())
+    eva = eva_optax.scale_by_eva()
+    grads = jax.jit(jax.grad(loss))(half, x, y)
+    updates, state = jax.jit(eva.update)(grads, eva.init(half))
+    wanted, _ = eva.update(gradient(params), eva.init(params))
+    assert state.skipped == 0
+    assert_close(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), updates), wanted, 0.01)
+    _, state = jax.jit(eva.update)(jax.tree.map(jnp.sign, grads), eva.init(half))
+    assert state.skipped == 2
+
+
+def test_noise_after_eva_is_added_to_its_update(params):
+    noise = optax.add_noise(0.1, 0.5, 0)
+    eva = eva_optax.scale_by_eva()
+    tx = optax.chain(eva, noise)
+    updates, _ = tx.update(gradient(params), tx.init(params), params)
+    clean, _ = eva.update(gradient(params), eva.init(params))
+    alone, _ = noise.update(jax.tree.map(jnp.zeros_like, params), noise.init(params))
+    assert_close(updates, jax.tree.map(jnp.add, clean, alone))
+
+
+@family
+def test_flatten_around_eva_is_refused_and_after_eva_works(member, params):
+    with pytest.raises(ValueError, match=r"one array, as optax\.flatten makes them"):
+        optax.flatten(member).init(params)
+    compare(lambda inner: optax.chain(inner, optax.flatten(optax.adam(1e-2))), member, params)
+
+
+# Parts of the tree.
+
+
+def by_layer(params, chosen: str):
+    """True for everything that belongs to the layers whose name contains `chosen`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: chosen in path[0].key, params)
+
+
+@family
+def test_masked_preconditions_its_layers_as_if_they_were_alone(member, params):
+    grads = gradient(params)
+    tx = optax.masked(member, lambda tree: by_layer(tree, "Dense_0"))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    part = {"Dense_0": params["Dense_0"]}
+    wanted, _ = member.update({"Dense_0": grads["Dense_0"]}, member.init(part), part)
+    assert_close(updates["Dense_0"], wanted["Dense_0"])
+    assert_close({**updates, "Dense_0": None}, {**grads, "Dense_0": None})
+
+
+@pytest.mark.parametrize("split", [optax.partition, optax.multi_transform], ids=["partition", "multi_transform"])
+@family
+def test_partition_gives_each_layer_its_own_optimizer(split, member, params):
+    grads, adam = gradient(params), optax.adam(1e-2)
+    labels = {name: "eva" if name == "Dense_0" else "adam" for name in params}
+    tx = split({"eva": optax.chain(member, sgd), "adam": adam}, labels)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    part = {"Dense_0": params["Dense_0"]}
+    eva, _ = member.update({"Dense_0": grads["Dense_0"]}, member.init(part), part)
+    assert_close(updates["Dense_0"], jax.tree.map(lambda leaf: -RATE * leaf, eva["Dense_0"]))
+    wanted, _ = adam.update(grads, adam.init(params), params)
+    assert_close({**updates, "Dense_0": None}, {**wanted, "Dense_0": None})
+
+
+def test_partition_that_leaves_eva_without_probes_is_refused(params):
+    labels = jax.tree_util.tree_map_with_path(lambda path, _: "rest" if "kronecker" in str(path) else "eva", params)
+    tx = optax.partition({"eva": eva_optax.scale_by_eva(), "rest": optax.set_to_zero()}, labels)
+    with pytest.raises(ValueError, match="the parameters hold no probes"):
+        tx.init(params)
+
+
+# Accumulation.
+
+
+@family
+def test_multi_steps_equals_the_full_batch(member, params):
+    tx = optax.MultiSteps(member, 4)
+    state, update = tx.init(params), jax.jit(tx.update)
+    x, y = batch(16)
+    for part in range(4):
+        rows = slice(4 * part, 4 * part + 4)
+        _, grads = value_and_grad(params, x[rows], y[rows])
+        updates, state = update(grads, state, params)
+        if part < 3:
+            assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+    wanted, _ = member.update(value_and_grad(params, x, y)[1], member.init(params), params)
+    assert_close(updates, wanted)
+
+
+@pytest.mark.skipif(not hasattr(optax, "microbatching"), reason="this Optax has no microbatching")
+@pytest.mark.parametrize("accumulate", ["MEAN", "SUM"])
+@family
+def test_microbatching_equals_the_full_batch(accumulate, member, params):
+    kind = getattr(optax.microbatching.AccumulationType, accumulate)
+    summed = jax.grad(lambda params, x, y: loss(params, x, y) / (1 if accumulate == "MEAN" else 4))
+    x, y = batch(16)
+    gradient = optax.microbatching.microbatch(summed, argnums=(1, 2), microbatch_size=4, accumulator=kind)
+    updates, _ = member.update(jax.jit(gradient)(params, x, y), member.init(params), params)
+    wanted, _ = member.update(value_and_grad(params, x, y)[1], member.init(params), params)
+    assert_close(updates, wanted)
+
+
+@pytest.mark.skipif(not hasattr(optax, "microbatching"), reason="this Optax has no microbatching")
+def test_per_example_gradients_add_up_to_the_full_batch(params):
+    x, y = batch()
+    kind = optax.microbatching.AccumulationType.MEAN
+    grads, _ = optax.microbatching.micro_grad(loss, batch_argnums=(1, 2), microbatch_size=4, accumulator=kind)(
+        params, x, y
+    )
+    eva = FAMILY["scale_by_eva"]
+    assert_close(eva.update(grads, eva.init(params))[0], eva.update(gradient(params), eva.init(params))[0])
+
+
+# Options as schedules, states, and the contract of a transformation.
+
+
+def test_injected_schedules_reach_damping_decay_and_learning_rate(params):
+    damping, decay, rate = (optax.linear_schedule(*ends, 4) for ends in ((0.5, 0.01), (0.9, 0.1), (1.0, 0.2)))
+    tx = optax.inject_hyperparams(eva_optax.eva)(rate, damping, decay=decay, momentum=0.0)
+    state = tx.init(params)
+    own = eva_optax.scale_by_eva().init(params)
+    for step in range(4):
+        grads = gradient(params, step)
+        updates, state = tx.update(grads, state, params)
+        now = {"decay": float(decay(step)), "learning_rate": float(rate(step))}
+        eva = eva_optax.scale_by_eva(float(damping(step)), relative=False, step_rule="kl_clip", **now)
+        wanted, own = eva.update(grads, own)
+        assert_close(updates, jax.tree.map(lambda leaf: -now["learning_rate"] * leaf, wanted))  # noqa: B023
+        np.testing.assert_allclose(state.hyperparams["damping"], damping(step), rtol=1e-6)
+        np.testing.assert_allclose(optax.tree.get(state, "nu"), own.nu, rtol=1e-5)
+
+
+def test_an_injected_option_is_set_by_hand(params):
+    tx = optax.inject_hyperparams(eva_optax.scale_by_eva)(damping=0.1)
+    state = optax.tree.set(tx.init(params), damping=jnp.asarray(2.0))
+    updates, _ = tx.update(gradient(params), state, params)
+    eva = eva_optax.scale_by_eva(2.0)
+    assert_close(updates, eva.update(gradient(params), eva.init(params))[0])
+
+
+@family
+def test_state_is_read_set_and_mapped_by_name(member, params):
+    tx = optax.chain(member, optax.trace(0.9))
+    _, state = tx.update(gradient(params), tx.init(params), params)
+    assert optax.tree.get(state, "skipped") == 0
+    assert optax.tree.get(optax.tree.set(state, skipped=jnp.int32(7)), "skipped") == 7
+    doubled = optax.tree.map_params(tx, lambda leaf: 2 * leaf, state)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    vectors = [optax.tree.get(s, "vectors")["Dense_0"]["kronecker"]["kernel,bias"]["a"] for s in (state, doubled)]
+    np.testing.assert_allclose(vectors[1], 2 * vectors[0])
+    assert optax.tree.get(doubled, "nu") == optax.tree.get(state, "nu")
+
+
+@family
+def test_unknown_extra_arguments_are_ignored(member, params):
+    tx = optax.with_extra_args_support(member)
+    updates, _ = tx.update(gradient(params), tx.init(params), params, value=1.0, unknown="anything")
+    assert_close(updates, member.update(gradient(params), member.init(params), params)[0])
+
+
+def test_a_finite_step_after_one_that_was_not_goes_on_from_the_old_state(params):
+    eva = FAMILY["scale_by_eva"]
+    tx = compiled(optax.apply_if_finite(eva, 3))
+    good, bad = gradient(params), jax.tree.map(lambda leaf: leaf * jnp.nan, gradient(params, 1))
+    _, state = tx.update(good, tx.init(params), params)
+    for _ in range(2):
+        skipped, state = tx.update(bad, state, params)
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(skipped))
+    updates, state = tx.update(gradient(params, 2), state, params)
+    _, own = eva.update(good, eva.init(params))
+    assert_close(updates, eva.update(gradient(params, 2), own)[0])
+    assert state.total_notfinite == 2
+
+
+@family
+def test_second_call_does_not_recompile_and_types_are_those_of_init(member, params):
+    chex.clear_trace_counter()
+    tx = optax.chain(member, optax.adamw(1e-2))
+    update = jax.jit(chex.assert_max_traces(tx.update, n=1))
+    state = tx.init(params)
+    before = jax.tree.map(jax.typeof, state)
+    for seed in range(3):
+        _, state = update(gradient(params, seed), state, params)
+        assert jax.tree.map(jax.typeof, state) == before
+
+
+@pytest.mark.parametrize("stored", [jnp.float32, jnp.bfloat16], ids=["float32 averages", "bfloat16 averages"])
+@pytest.mark.parametrize("precision", [jnp.float32, jnp.bfloat16], ids=["float32 parameters", "bfloat16 parameters"])
+@family
+def test_scan_and_cond_carry_states_of_any_precision(precision, stored, member, params):
+    """bfloat16 parameters have float32 averages; averages that the user stores in bfloat16 stay so."""
+
+    def cast(tree, dtype):
+        return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, tree)
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(gradient(params, seed) for seed in range(3)))
+
+    def run(params, state):
+        def step(state, grads):
+            def skip():
+                return jax.tree.map(jnp.zeros_like, grads), state
+
+            updates, state = jax.lax.cond(
+                jnp.isfinite(grads["Dense_0"]["bias"][0]), lambda: member.update(grads, state, params), skip
+            )
+            return state, updates
+
+        grads = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), stacked, params)
+        return jax.lax.scan(step, state, grads)
+
+    state = member.init(cast(params, precision))
+    state = optax.tree.set(state, vectors=cast(optax.tree.get(state, "vectors"), stored))
+    state, updates = jax.jit(run)(cast(params, precision), state)
+    assert {leaf.dtype for leaf in jax.tree.leaves(optax.tree.get(state, "vectors"))} == {jnp.dtype(stored)}
+    assert updates["Dense_0"]["kernel"].dtype == precision
+    _, wanted = jax.jit(run)(params, member.init(params))
+    exact = precision == stored == jnp.float32
+    assert_close(cast(updates, jnp.float32), wanted, 1e-6 if exact else 0.05)

@@ -1,0 +1,251 @@
+"""One step on eight devices equals the step on one, and the update neither gathers nor reshards a kernel."""
+
+import re
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import eva_optax
+
+AXES = ("data", "fsdp", "model")
+
+
+class Network(nn.Module):
+    """Up and down projection, after a convolution and heads; `dot_general` as `nn.Dense` takes it."""
+
+    dot_general: object = None
+
+    @nn.compact
+    def __call__(self, x):
+        dot = {} if self.dot_general is None else {"dot_general": self.dot_general}
+        x = x + nn.Conv(8, (3,), name="conv")(x)
+        x = nn.DenseGeneral((4, 2), name="heads")(x).reshape(x.shape)
+        return nn.Dense(8, name="down", **dot)(nn.gelu(nn.Dense(16, name="up")(x)))
+
+
+MODEL = eva_optax.tap(Network())
+TX = eva_optax.scale_by_eva(step_rule="kl_clip")
+LARGEST_VECTOR = 24
+PROBE_ENTRIES = 4 * (16 + 32 + 2)  # a, b and two counters of each layer; no kernel is as small as all of these
+
+# Where each kernel lies: (batch, kernels by layer, biases by layer); everything else is replicated.
+LAYOUTS = {
+    "data parallel": (AXES, {}, {}),
+    "fsdp": (
+        ("data", "fsdp"),
+        {
+            "conv": P(None, None, "fsdp"),
+            "heads": P("fsdp", None, None),
+            "up": P("fsdp", None),
+            "down": P("fsdp", None),
+        },
+        {"up": P("fsdp")},
+    ),
+    "tensor parallel": (
+        "data",
+        {"heads": P(None, "model", None), "up": P(None, "model"), "down": P("model", None)},
+        {"heads": P("model", None), "up": P("model")},
+    ),
+    "data x fsdp x model": (
+        ("data", "fsdp"),
+        {
+            "conv": P(None, "fsdp", "model"),
+            "heads": P("fsdp", "model", None),
+            "up": P("fsdp", "model"),
+            "down": P("model", "fsdp"),
+        },
+        {"heads": P("model", None), "up": P("model"), "down": P("fsdp")},
+    ),
+}
+
+
+def make_mesh(kind=AxisType.Auto):
+    return jax.make_mesh((2, 2, 2), AXES, axis_types=(kind,) * 3)
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(16, 4, 8)).astype(np.float32), rng.normal(size=(16, 4, 8)).astype(np.float32)
+
+
+def loss(params, x, y, model=MODEL):
+    return jnp.mean((model.apply({"params": params}, x) - y) ** 2)
+
+
+def step(params, state, x, y, model=MODEL):
+    grads = jax.grad(partial(loss, model=model))(params, x, y)
+    updates, state = TX.update(grads, state, params)
+    return jax.tree.map(lambda p, u: p - 0.1 * u, params, updates), state
+
+
+@pytest.fixture(scope="module")
+def params():
+    return MODEL.init(jax.random.key(0), batch()[0])["params"]
+
+
+@pytest.fixture(scope="module")
+def single(params):
+    """Parameters and state after two steps on one device."""
+    carry = params, TX.init(params)
+    for _ in range(2):
+        carry = jax.jit(step)(*carry, *batch())
+    return carry
+
+
+def shardings(tree, mesh, kernels, biases):
+    """Kernels and biases as given; probes as their kernel, without the axes that they have at size 1."""
+
+    def one(path, leaf):
+        layer, name = path[0].key, path[-1].key
+        spec = biases.get(layer, P()) if name == "bias" else kernels.get(layer, P())
+        if name not in ("kernel", "bias", "a", "b"):
+            spec = P()
+        spec = P(*(axis if size > 1 else None for axis, size in zip(spec, leaf.shape, strict=False)))
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def place(params, mesh, layout):
+    rows, kernels, biases = layout
+    data = [jax.device_put(part, NamedSharding(mesh, P(rows))) for part in batch()]
+    return jax.device_put(params, shardings(params, mesh, kernels, biases)), data
+
+
+def assert_close(got, want, tolerance=1e-6):
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance * max(1.0, float(np.abs(theirs).max())))
+
+
+def assert_shardings_kept(updates, params):
+    for name, layer in params.items():
+        assert updates[name]["kernel"].sharding.is_equivalent_to(layer["kernel"].sharding, layer["kernel"].ndim), name
+
+
+def collectives(compiled) -> dict[str, list[int]]:
+    """The collectives of a compiled program by kind, each with the number of entries of its result."""
+    found: dict[str, list[int]] = {}
+    pattern = r"= (\S+|\(.*?\)) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    for result, kind in re.findall(pattern, compiled.as_text()):
+        sizes = [
+            int(np.prod([int(n) for n in shape.split(",") if n])) for shape in re.findall(r"\w+\[([\d,]*)\]", result)
+        ]
+        found.setdefault(kind, []).append(sum(sizes))
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_steps_on_eight_devices_equal_one_and_the_update_moves_no_kernel(name, params, single):
+    mesh = make_mesh()
+    placed, data = place(params, mesh, LAYOUTS[name])
+    state = jax.jit(TX.init)(placed)
+    update = jax.jit(TX.update)
+    grads = jax.jit(jax.grad(loss), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, placed))(placed, *data)
+    updates, _ = update(grads, state, placed)
+    assert_shardings_kept(updates, placed)
+    moved = collectives(update.lower(grads, state, placed).compile())
+    assert set(moved) <= {"all-reduce", "all-gather"}
+    assert max(moved.get("all-gather", [0])) <= LARGEST_VECTOR
+    assert sum(moved.get("all-reduce", [0])) <= PROBE_ENTRIES
+    assert bool(moved) == (name != "data parallel")
+    carry = placed, state
+    for _ in range(2):
+        carry = jax.jit(step)(*carry, *data)
+    assert_close(carry, single)
+
+
+def test_vectors_join_the_all_reduce_of_the_gradients(params):
+    mesh = make_mesh()
+    placed, data = place(params, mesh, LAYOUTS["data parallel"])
+    replicated = NamedSharding(mesh, P())
+
+    def compiled(model, params):
+        gradient = jax.jit(jax.grad(partial(loss, model=model)), out_shardings=replicated)
+        return collectives(gradient.lower(params, *data).compile())
+
+    tapped, plain = compiled(MODEL, placed), compiled(MODEL.module, eva_optax.strip(placed))
+    assert set(tapped) == set(plain) == {"all-reduce"}
+    assert len(tapped["all-reduce"]) == len(plain["all-reduce"])
+    assert sum(tapped["all-reduce"]) - sum(plain["all-reduce"]) <= PROBE_ENTRIES
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_explicit_sharding_equals_one_device(name, params, single):
+    """Shardings are part of the types; contractions over a sharded axis say where their result lies."""
+    rows, kernels, biases = LAYOUTS[name]
+    # Flax has no option for where the outputs of convolutions lie, nor for the sum of a bias and what it is added to.
+    kernels = {layer: spec for layer, spec in kernels.items() if layer != "conv"}
+    if "fsdp" in rows:
+        kernels = {**kernels, "heads": P("fsdp", None, None)}
+        biases = {layer: spec for layer, spec in biases.items() if spec == P("model")}
+    layout = rows, kernels, biases
+    mesh = make_mesh(AxisType.Explicit)
+    dot_general = partial(jax.lax.dot_general, out_sharding=P(rows, None, None))
+    model = eva_optax.tap(Network(dot_general))
+    with jax.set_mesh(mesh):
+        placed, data = place(params, mesh, layout)
+        carry = placed, jax.jit(TX.init)(placed)
+        for _ in range(2):
+            carry = jax.jit(partial(step, model=model))(*carry, *data)
+    assert_shardings_kept(carry[0], placed)
+    assert_close(carry, single)
+
+
+RULES = (("batch", ("data", "fsdp")), ("embed", "fsdp"), ("mlp", "model"))
+
+
+class Logical(nn.Module):
+    """A layer whose axes have logical names."""
+
+    @nn.compact
+    def __call__(self, x):
+        def named(*names):
+            return nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)
+
+        bias = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("mlp",))
+        x = nn.with_logical_constraint(x, ("batch", None, "embed"))
+        x = nn.gelu(nn.Dense(16, kernel_init=named("embed", "mlp"), bias_init=bias, name="up")(x))
+        return nn.Dense(8, kernel_init=named("mlp", "embed"), use_bias=False, name="down")(x)
+
+
+def test_logical_axis_rules_shard_parameters_and_optimizer_state():
+    model, mesh = eva_optax.tap(Logical()), make_mesh()
+    tx = optax.chain(eva_optax.scale_by_eva(), optax.adam(1e-2))
+    x, y = batch()
+
+    def create(key):
+        params = model.init(key, x)["params"]
+        return params, tx.init(params)
+
+    def train(params, state, x, y):
+        grads = jax.grad(partial(loss, model=model))(params, x, y)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    wanted = nn.unbox(create(jax.random.key(0)))
+    for _ in range(2):
+        wanted = jax.jit(train)(*wanted, x, y)
+
+    specs = nn.get_partition_spec(jax.eval_shape(create, jax.random.key(0)))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        places = nn.logical_to_mesh_sharding(specs, mesh, RULES)
+        carry = nn.unbox(jax.jit(create, out_shardings=places)(jax.random.key(0)))
+        rows = NamedSharding(mesh, P(("data", "fsdp")))
+        for _ in range(2):
+            carry = jax.jit(train)(*carry, *jax.device_put((x, y), rows))
+    (params, state), kernel = carry, "kronecker"
+    probe = params["up"][kernel]["kernel,bias"]
+    assert params["up"]["kernel"].sharding.spec == P("fsdp", "model")
+    assert probe["a"].sharding.spec == P("fsdp")
+    assert probe["b"].sharding.spec == P(None, "model")
+    averages = optax.tree.get(state, "vectors")["up"][kernel]["kernel,bias"]
+    for name in "ab":
+        assert averages[name].sharding.is_equivalent_to(probe[name].sharding, 2)
+    assert_close(carry, wanted)
