@@ -81,26 +81,43 @@ class Coverage:
 
 def linen_coverage(variables: Any, interceptor: Interceptor) -> Coverage:
     """`coverage` of a Linen module, from the shapes of its variables and what the interceptor noted."""
-    leaves = leaves_by_path(variables.get("params", {}))
-    layers = find_layers(leaves)
-    tapped = {path for layer in layers for path in (layer.kernel, layer.bias)}
+    return report(variables.get("params", {}), interceptor.reasons, interceptor.classes, _ELEMENTWISE)
+
+
+def report(params: Any, reasons: dict[Path, str], classes: dict[Path, type], elementwise: tuple[type, ...]) -> Coverage:
+    """The report on a tree of parameters with probes.
+
+    Args:
+      params: the tree; only shapes are looked at.
+      reasons: why a parameter is not tapped, as far as known, by path.
+      classes: the classes of the modules, by path.
+      elementwise: classes of modules that hold no matrices.
+    """
+    leaves = leaves_by_path(params)
+    tapped = {path for layer in find_layers(leaves) for path in (layer.kernel, layer.bias)}
 
     def row(path: Path) -> CoverageRow:
         shape = tuple(leaves[path].shape)
-        reason = "" if path in tapped else _reason(path, shape, interceptor)
+        reason = "" if path in tapped else _reason(path, shape, reasons, classes, elementwise)
         return CoverageRow("/".join(path), shape, path in tapped, reason)
 
     return Coverage(tuple(row(path) for path in leaves if not is_probe(path)))
 
 
-def _reason(path: Path, shape: tuple[int, ...], interceptor: Interceptor) -> str:
-    if path in interceptor.reasons:
-        return interceptor.reasons[path]
-    module = interceptor.classes.get(path[:-1])
-    kernel = next((reason for known, reason in interceptor.reasons.items() if known[:-1] == path[:-1]), None)
+def _reason(
+    path: Path,
+    shape: tuple[int, ...],
+    reasons: dict[Path, str],
+    classes: dict[Path, type],
+    elementwise: tuple[type, ...],
+) -> str:
+    if path in reasons:
+        return reasons[path]
+    module = classes.get(path[:-1])
+    kernel = next((reason for known, reason in reasons.items() if known[:-1] == path[:-1]), None)
     if kernel is not None:
         return f"beside an untapped kernel ({kernel})"
-    if module is not None and issubclass(module, _ELEMENTWISE):
+    if module is not None and issubclass(module, elementwise):
         return f"{module.__name__}: scales or shifts element by element"
     if len(shape) < 2:
         return "a vector, not a matrix"

@@ -1,36 +1,38 @@
-"""The functions that need Flax; Flax itself is imported at their first call."""
+"""The functions that need Flax: `tap`, `tapping`, `coverage`; Flax itself is imported at their first call."""
 
-from collections.abc import Mapping
+import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
-
-import jax
-import jax.numpy as jnp
-
-from eva_optax._pairing import KRONECKER
 
 if TYPE_CHECKING:
     from eva_optax._coverage import Coverage
 
 
-def tap(model: Any, *, embeddings: bool = False) -> Any:
+def tap(model: Any, *args: Any, embeddings: bool = False, **kwargs: Any) -> Any:
     """Returns an object to use in the place of `model`, whose gradients carry the Kronecker vectors.
 
     Beside each kernel that it taps stands a small probe of zeros, a part of the parameters. The gradient of a probe is
     (a, b), the mean input and the summed output cotangent of the layer; see `vectors`. Outputs, initial values, random
     streams and the gradients of real parameters are those of `model`.
 
+    An `nnx.Module` is changed in place, as by `model.train()`, and returned: its layers get tapped subclasses of their
+    classes, and probes, which are `nnx.Param`. Tap it before its optimizer is made. Tapping it again taps what is new.
+
     Args:
-      model: a `flax.linen.Module`, the outermost one: tap what you call `init` and `apply` on.
-      embeddings: also tap the lookups of `nn.Embed`; a is then the frequency of each token.
+      model: a `flax.linen.Module`, the outermost one: tap what you call `init` and `apply` on; or a `flax.nnx.Module`.
+      *args: for an NNX model whose modules call `tap_einsum` or `tap_ragged_dot`: what the model is called with. Only
+        shapes and dtypes are looked at. A Linen model takes none.
+      embeddings: also tap the lookups of `Embed`; a is then the frequency of each token.
+      **kwargs: likewise.
 
     Returns:
-      A `TappedModule`: `init`, `init_with_output`, `lazy_init`, `apply`, `bind`, `tabulate` and `clone` are those of
-      `model`, tapped; other attributes pass through. It compares and hashes like the model.
+      The NNX model, or for a Linen module a `TappedModule`: `init`, `init_with_output`, `lazy_init`, `apply`, `bind`,
+      `tabulate` and `clone` are those of `model`, tapped; other attributes pass through. It compares and hashes like
+      the model.
 
     Raises:
-      TypeError: if `model` is no Linen module.
-      ValueError: from `init`, if the model has parameters but no layer that can be tapped.
+      TypeError: if `model` is no Flax module, or a Linen module is given a call's arguments.
+      ValueError: if the model has no layer that can be tapped; for a Linen model from `init`.
 
     Reverse mode only: `jax.jvp` through a tapped model fails; use the untapped model for it.
 
@@ -42,18 +44,38 @@ def tap(model: Any, *, embeddings: bool = False) -> Any:
       >>> params = model.init(jax.random.key(0), jnp.ones((4, 3)))["params"]
       >>> sorted(params)
       ['bias', 'kernel', 'kronecker']
+      >>> from flax import nnx
+      >>> model = eva_optax.tap(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+      >>> sorted(nnx.state(model, nnx.Param))
+      ['bias', 'kernel', 'kronecker']
     """
+    if is_nnx_module(model):
+        from eva_optax._nnx import tap_module
+
+        return tap_module(model, embeddings, *args, **kwargs)
     import flax.linen as nn
 
     from eva_optax._tapped import TappedModule
 
+    if args or kwargs:
+        raise TypeError(
+            f"eva_optax.tap: a Linen model takes no example input, got {len(args) + len(kwargs)} more arguments. "
+            "Its probes are made by model.init, or by eva_optax.attach(model, params, x)."
+        )
     if isinstance(model, TappedModule):
         return TappedModule(model.module, embeddings or model.embeddings)
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"eva_optax.tap: model must be an instance of flax.linen.Module, got {model!r} of {type(model)}."
+            "eva_optax.tap: model must be an instance of flax.linen.Module or flax.nnx.Module, "
+            f"got {model!r} of {type(model)}."
         )
     return TappedModule(model, embeddings)
+
+
+def is_nnx_module(value: Any) -> bool:
+    """Whether `value` is an NNX module; imports nothing."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(value, nnx.Module)
 
 
 def tapping(*, embeddings: bool = False) -> AbstractContextManager[Any]:
@@ -92,8 +114,8 @@ def coverage(model: Any, *args: Any, **kwargs: Any) -> "Coverage":
 
     Args:
       model: the model, tapped (then with the options of `tap`) or not.
-      *args: what the model is called with, after the random key, as in `model.init(key, *args, **kwargs)`. Only shapes
-        and dtypes are looked at: nothing is computed.
+      *args: what a Linen model is called with, after the random key, as in `model.init(key, *args, **kwargs)`; for an
+        NNX model what `tap` is given. Only shapes and dtypes are looked at: nothing is computed, and nothing changed.
       **kwargs: likewise.
 
     Returns:
@@ -101,7 +123,7 @@ def coverage(model: Any, *args: Any, **kwargs: Any) -> "Coverage":
       (reasons by path). `print` shows it as a table.
 
     Raises:
-      TypeError: if `model` is no Linen module.
+      TypeError: if `model` is no Flax module.
 
     Source: as `tap`.
 
@@ -111,107 +133,10 @@ def coverage(model: Any, *args: Any, **kwargs: Any) -> "Coverage":
       >>> report.untapped["layers_1/scale"]
       'LayerNorm: scales or shifts element by element'
     """
+    if is_nnx_module(model):
+        from eva_optax._nnx_coverage import nnx_coverage
+
+        return nnx_coverage(model, *args, **kwargs)
     from eva_optax._coverage import linen_coverage
 
     return linen_coverage(*tap(model).init_shapes(*args, **kwargs))
-
-
-def attach(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """Adds probes of zeros to parameters that exist already, such as a loaded checkpoint.
-
-    Args:
-      model: the model, tapped or not.
-      params: its parameters (the "params" collection): nested dicts or a FrozenDict, boxed or not.
-      *args: what the model is called with, after the random key, as in `model.init(key, *args, **kwargs)`. Only shapes
-        and dtypes are looked at: nothing is computed.
-      **kwargs: likewise.
-
-    Returns:
-      `params` with a probe beside every kernel that can be tapped; probes that exist are made anew.
-
-    Raises:
-      TypeError: if `model` is no Linen module.
-      ValueError: if `params` are not the parameters of `model`, or no layer can be tapped.
-
-    Source: as `tap`.
-
-    Example:
-      >>> import eva_optax, flax.linen as nn, jax, jax.numpy as jnp
-      >>> model, x = nn.Dense(2), jnp.ones((4, 3))
-      >>> params = model.init(jax.random.key(0), x)["params"]  # or loaded from a file
-      >>> params = eva_optax.attach(model, params, x)
-      >>> sorted(params)
-      ['bias', 'kernel', 'kronecker']
-    """
-    tapped = tap(model)
-    variables = tapped.checked(tapped.init_shapes(*args, **kwargs)[0])
-    wanted, given = variables["params"], strip(params)
-    if not _boxes(given):  # saved without partition names
-        wanted = _unboxed(wanted)
-    shapes = [
-        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (_unboxed(strip(wanted)), _unboxed(given))
-    ]
-    if shapes[0] != shapes[1]:
-        different = sorted(set(shapes[0].items()) ^ set(shapes[1].items()), key=str)
-        path = different[0][0]
-        raise ValueError(
-            f"eva_optax.attach: params do not fit {type(tapped.module).__name__}. {len(different)} entries differ; "
-            f"at {path} the model has shape {shapes[0].get(path, 'none')}, params {shapes[1].get(path, 'none')}. "
-            'Give the "params" collection alone, and call the model as in training.'
-        )
-    return _merge(given, wanted)
-
-
-def strip(tree: Any) -> Any:
-    """Removes every probe from a tree, for example before export.
-
-    Args:
-      tree: parameters, variables, gradients or an optimizer state: any nesting of mappings, tuples and lists.
-
-    Returns:
-      The same tree without the "kronecker" entries; other leaves are the same objects.
-
-    Source: as `tap`.
-
-    Example:
-      >>> import eva_optax, flax.linen as nn, jax, jax.numpy as jnp
-      >>> model = eva_optax.tap(nn.Dense(2))
-      >>> params = model.init(jax.random.key(0), jnp.ones((4, 3)))["params"]
-      >>> sorted(eva_optax.strip(params))
-      ['bias', 'kernel']
-    """
-    if isinstance(tree, Mapping):
-        return _rebuild(tree, {key: strip(value) for key, value in tree.items() if key != KRONECKER})
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*map(strip, tree))
-    if type(tree) in (tuple, list):
-        return type(tree)(map(strip, tree))
-    return tree
-
-
-def _rebuild(like: Mapping[str, Any], entries: dict[str, Any]) -> Any:
-    """A mapping of the type of `like`, a dict or a FrozenDict."""
-    constructor: Any = type(like)
-    return constructor(entries)
-
-
-def _is_box(node: Any) -> bool:
-    return hasattr(node, "replace_boxed")
-
-
-def _boxes(tree: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=_is_box) if _is_box(leaf)]
-
-
-def _unboxed(tree: Any) -> Any:
-    """`tree` without partition names, and without the sharding constraints that Flax's own `unbox` applies."""
-    return jax.tree.map(lambda leaf: leaf.value if _is_box(leaf) else leaf, tree, is_leaf=_is_box)
-
-
-def _merge(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> Any:
-    """`params` with zeros of the shape of every probe in `shapes`."""
-    merged = {key: _merge(value, shapes[key]) if isinstance(value, Mapping) else value for key, value in params.items()}
-    if KRONECKER in shapes:
-        merged[KRONECKER] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[KRONECKER])
-    return _rebuild(params, merged)

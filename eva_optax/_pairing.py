@@ -25,6 +25,17 @@ def probe_name(kernel: str, bias: str | None) -> str:
     return kernel if bias is None else f"{kernel},{bias}"
 
 
+def probe_axis_names(
+    leaf: str, shape: Sequence[int], kernel_shape: Sequence[int], names: Sequence[Any]
+) -> tuple[Any, ...]:
+    """The partition names of a probe's leaf: those of the kernel's axes that it shares; counters are replicated."""
+    if leaf not in ("a", "b"):
+        return (None,) * len(shape)
+    padded = (*names, *(None,) * (len(shape) - len(names)))
+    sizes = zip(padded, shape, kernel_shape, strict=True)
+    return tuple(name if size == full > 1 else None for name, size, full in sizes)
+
+
 def path_names(path: Sequence[Hashable]) -> Path:
     """A JAX key path as a tuple of names, without the box around a leaf."""
     names = tuple(_key_name(key) for key in path)

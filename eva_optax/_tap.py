@@ -63,10 +63,14 @@ def accumulator(dtype: DTypeLike) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def make_probe(rule: Rule, count_rank: int, dtype: DTypeLike) -> Probe:
-    """A probe of zeros for `rule`; its counters have rank `count_rank`: the bias's, or the kernel's without a bias."""
+def probe_shapes(rule: Rule, counter: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a probe's leaves; `counter` is in the bias's layout, or the kernel's without a bias."""
     a, b = rule.probe_shapes
-    shapes = {"a": a, "b": b, "n": (1,) * count_rank, "unit": (1,) * count_rank}
+    return {"a": a, "b": b, "n": counter, "unit": counter}
+
+
+def make_probe(shapes: dict[str, tuple[int, ...]], dtype: DTypeLike) -> Probe:
+    """A probe of zeros beside a kernel of `dtype`."""
     return {name: jnp.zeros(shape, accumulator(dtype)) for name, shape in shapes.items()}
 
 

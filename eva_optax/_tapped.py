@@ -69,7 +69,7 @@ class TappedModule:
         with linen_tapping(self.embeddings) as interceptor:
             return jax.eval_shape(init, jax.random.key(0), traced), interceptor
 
-    def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         with linen_tapping(self.embeddings):
             return getattr(self.module, method)(*args, **kwargs)
 

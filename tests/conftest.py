@@ -22,18 +22,6 @@ settings.register_profile("thorough", deadline=None, max_examples=300, phases=_P
 settings.load_profile("quick")
 
 
-# What the oldest supported Flax itself does on the oldest supported JAX.
-_ALLOWED = (
-    "The `concrete` option to `jax.checkpoint` has been deprecated",
-    "jax.interpreters.pxla.thread_resources is deprecated",
-)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for message in _ALLOWED:
-        config.addinivalue_line("filterwarnings", f"ignore:{message}:DeprecationWarning")
-
-
 @pytest.fixture
 def x64():
     """Runs the test with 64-bit numbers."""
