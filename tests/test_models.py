@@ -127,10 +127,12 @@ def test_a_scaled_loss_leaves_a_as_it_is_and_scales_b(scale: float) -> None:
 
 
 def test_an_untapped_trace_in_the_cache_of_nn_jit_is_not_used_again() -> None:
+    compiled = nn.jit(Block)  # made once: its cache outlives the calls below
+
     class Cached(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
-            return nn.jit(Block)(name="block")(x)
+            return compiled(name="block")(x)
 
     untapped = Cached().init(jax.random.key(0), X)
     Cached().apply(untapped, X)
