@@ -58,7 +58,8 @@ def first_update(params, grads):
     return jax.jit(lambda grads: tx.update(grads, tx.init(params), params)[0])(grads)
 
 
-def assert_vectors_equal(got, want, rtol=2e-6):
+def assert_vectors_equal(got, want, rtol=1e-5):
+    """Up to the rounding of float32 sums that cancel and are taken in another order."""
     got, want = eva_optax.vectors(got), eva_optax.vectors(want)
     assert got.keys() == want.keys() == {"Conv_0", "Dense_0", "Dense_1"}
     for name in want:
