@@ -23,17 +23,25 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(nn.Conv(4, (3, 3), use_bias=False)(x)).mean((1, 2))
-        twice = nn.Dense(4)
-        return nn.Dense(3)(nn.tanh(twice(nn.tanh(twice(x)))))
+        x = nn.relu(nn.Conv(4, (3, 3), use_bias=False, param_dtype=float)(x)).mean((1, 2))
+        twice = nn.Dense(4, param_dtype=float)
+        return nn.Dense(3, param_dtype=float)(nn.tanh(twice(nn.tanh(twice(x)))))
 
 
 MODEL = eva_optax.tap(Network())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def float64():
+    """So that the order of a sum does not matter, and the tolerances can be tight."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
 def batch(size: int = 16, seed: int = 0):
     rng = np.random.default_rng(seed)
-    return rng.normal(size=(size, 4, 4, 2)).astype(np.float32), rng.integers(0, 3, size)
+    return rng.normal(size=(size, 4, 4, 2)), rng.integers(0, 3, size)
 
 
 def loss(params, x, y):
@@ -58,8 +66,7 @@ def first_update(params, grads):
     return jax.jit(lambda grads: tx.update(grads, tx.init(params), params)[0])(grads)
 
 
-def assert_vectors_equal(got, want, rtol=1e-5):
-    """Up to the rounding of float32 sums that cancel and are taken in another order."""
+def assert_vectors_equal(got, want, rtol=1e-9):
     got, want = eva_optax.vectors(got), eva_optax.vectors(want)
     assert got.keys() == want.keys() == {"Conv_0", "Dense_0", "Dense_1"}
     for name in want:
