@@ -1,0 +1,129 @@
+"""One training run of the convergence benchmark, and the time of a step."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from optimizers import Optimizer
+from tasks import Task
+
+import eva_optax
+
+POINTS = 25  # evaluations of a run, the last one after its last step
+
+
+class Run(NamedTuple):
+    """The training loss after each of the equal parts of a run, and the validation loss at its end."""
+
+    steps: int
+    curve: list[float]
+    validation: float
+
+    @property
+    def final(self) -> float:
+        return self.curve[-1]
+
+    def steps_to(self, loss: float) -> float:
+        """The first step at which the training loss is down to `loss`, interpolated linearly; infinity if none."""
+        for index, (before, here) in enumerate(pairwise([math.inf, *self.curve])):
+            if here <= loss:
+                share = 1 if math.isinf(before) else (before - loss) / (before - here)
+                return (index + share) * self.steps / len(self.curve)
+        return math.inf
+
+
+def schedule(rate: Array, steps: Array) -> optax.Schedule:
+    """Linear warm-up over 5% of the steps, then a cosine to zero. Rate and number of steps may be traced."""
+    return lambda count: (
+        rate * jnp.minimum(1, (count + 1) / (0.05 * steps)) * 0.5 * (1 + jnp.cos(jnp.pi * count / steps))
+    )
+
+
+@cache
+def train_step(model: Any, loss: Callable[[Array, Array], Array], optimizer: Optimizer) -> Callable[..., Any]:
+    """A jitted step from (parameters, statistics, state): one compilation for all rates, seeds and horizons."""
+    model = eva_optax.tap(model) if optimizer.tapped else model
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(carry: Any, rate: Array, steps: Array, inputs: Array, targets: Array) -> Any:
+        params, statistics, state = carry
+
+        def objective(params: Any) -> tuple[Array, Any]:
+            variables = {"params": params, **statistics}
+            outputs, updated = model.apply(variables, inputs, mutable=["batch_stats"])
+            return loss(outputs, targets), updated
+
+        grads, statistics = jax.grad(objective, has_aux=True)(params)
+        updates, state = optimizer.build(schedule(rate, steps)).update(grads, state, params)
+        return optax.apply_updates(params, updates), statistics, state
+
+    return step
+
+
+@cache
+def evaluation(model: Any, loss: Callable[[Array, Array], Array]) -> Callable[..., Array]:
+    """The loss from parameters without probes."""
+    return jax.jit(lambda params, statistics, x, y: loss(model.apply({"params": params, **statistics}, x), y))
+
+
+@cache
+def _initialization(model: nn.Module) -> Callable[..., Any]:
+    return jax.jit(eva_optax.tap(model).init)
+
+
+def start(task: Task, optimizer: Optimizer, seed: int) -> Any:
+    """Parameters, statistics and state. The parameters are the same with and without probes."""
+    variables = dict(_initialization(task.model)(jax.random.key(seed), task.load().train.inputs[:1]))
+    params = variables.pop("params")
+    params = params if optimizer.tapped else eva_optax.strip(params)
+    return params, variables, optimizer.build(schedule(jnp.ones(()), jnp.ones(()))).init(params)
+
+
+def train(
+    task: Task, optimizer: Optimizer, rate: float, seed: int, steps: int, advance: Callable[[int], Any] = lambda _: None
+) -> Run:
+    """Trains once; `advance` is told how many steps were made. A run that diverges ends early, with infinite losses."""
+    data, step, evaluate = task.load(), train_step(task.model, task.loss, optimizer), evaluation(task.model, task.loss)
+    # Evaluated on the device's copies, taken once.
+    train_part, validation_part = ([jnp.asarray(part[: task.evaluated]) for part in split] for split in data)
+    chunks = np.array_split(task.batches(seed, steps), POINTS)
+    arguments = jnp.float32(rate), jnp.float32(steps)
+    carry, curve = start(task, optimizer, seed), []
+
+    def loss(inputs: Array, targets: Array) -> float:
+        return float(evaluate(eva_optax.strip(carry[0]), carry[1], inputs, targets))
+
+    for chunk in chunks:
+        for batch in chunk:
+            carry = step(carry, *arguments, data.train.inputs[batch], data.train.targets[batch])
+        advance(len(chunk))
+        curve.append(loss(*train_part))
+        if not math.isfinite(curve[-1]):
+            advance(sum(map(len, chunks[len(curve) :])))
+            return Run(steps, curve[:-1] + [math.inf] * (POINTS - len(curve) + 1), math.inf)
+    return Run(steps, curve, loss(*validation_part))
+
+
+def time_steps(task: Task, optimizers: Sequence[Optimizer], rounds: int = 30) -> dict[str, float]:
+    """The median seconds of a step of each optimizer. They take turns, so that what else the machine does slows all."""
+    data = task.load().train
+    batch = data.inputs[: task.batch_size], data.targets[: task.batch_size]
+    steps = {o.name: train_step(task.model, task.loss, o) for o in optimizers}
+    carries = {o.name: start(task, o, seed=0) for o in optimizers}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            carries[name] = jax.block_until_ready(step(carries[name], jnp.float32(1e-4), jnp.float32(100), *batch))
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first may compile

@@ -1,0 +1,130 @@
+"""The convergence benchmark: its grid of rates, its records, its figures, and one run of every optimizer."""
+
+import math
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import convergence
+import report
+import training
+from optimizers import OPTIMIZERS, muon_dimensions
+from records import Key, Records
+from tasks import TASKS, Perceptron, Task, diabetes, mean_squared_error
+from training import Run
+
+MODEL = Perceptron(())
+TINY = Task("diabetes", MODEL, mean_squared_error, diabetes, 4, 16, rates={"sgd": 0.1, "adamw": 0.01, "muon": 0.01})
+
+
+@pytest.mark.parametrize(("optimum", "tried"), [(1.0, 6), (1e3, 14), (1e-3, 13), (1e9, 14), (1e-9, 14)])
+def test_the_grid_grows_until_the_best_rate_is_inside(optimum, tried):
+    losses = {}
+    best = convergence.tune(losses, 1.0, lambda rate: abs(math.log(rate / optimum)), extensions=8)
+    assert len(losses) == tried
+    assert best == min(losses, key=lambda rate: abs(math.log(rate / optimum)))
+    assert (min(losses) < best < max(losses)) == (1e-9 < optimum < 1e9)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_rate_that_diverges_is_never_the_best(bad):
+    losses = {}
+    best = convergence.tune(losses, 1.0, lambda rate: bad if rate > 0.5 else 1 / rate, extensions=8)
+    assert best == max(rate for rate in losses if rate <= 0.5)
+
+
+def test_steps_to_a_loss_are_interpolated():
+    run = Run(40, [8.0, 4.0, 5.0, 1.0], 0.0)
+    wanted = {9.0: 10, 8.0: 10, 6.0: 15, 4.0: 20, 3.0: 35, 1.0: 40, 0.9: math.inf}
+    assert {loss: run.steps_to(loss) for loss in wanted} == wanted
+    assert Run(40, [math.inf] * 4, math.inf).steps_to(1.0) == math.inf
+
+
+def test_what_is_on_record_is_not_repeated(tmp_path, monkeypatch):
+    calls = []
+
+    def fake(task, optimizer, rate, seed, steps, advance):
+        calls.append((rate, seed))
+        return Run(steps, [2.0, math.inf if rate > 0.3 else 1 + abs(math.log(rate / 0.1))], 3.0)
+
+    class Bar:
+        total = 0
+        update = staticmethod(lambda steps: None)
+        set_postfix_str = staticmethod(lambda text, refresh: None)
+
+    monkeypatch.setattr(convergence, "train", fake)
+    for attempt in range(2):
+        records = Records(tmp_path)
+        convergence.measure(records, TINY, OPTIMIZERS["sgd"], 4, 8, Bar())
+        assert len(calls) == 9, attempt
+    assert sorted(calls)[-1][0] > 0.3  # an infinite loss was written and read, too
+    assert [seed for rate, seed in calls if rate == 0.1] == [0, 1, 2, 3]
+
+    path = tmp_path / "convergence.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # interrupted before the last run
+    convergence.measure(Records(tmp_path), TINY, OPTIMIZERS["sgd"], 4, 8, Bar())
+    assert len(calls) == 10
+    assert calls[-1] == (0.1, 3)
+
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    rates = [float(training.schedule(np.float32(2.0), np.float32(100.0))(count)) for count in range(101)]
+    np.testing.assert_allclose(rates[0], 0.4, rtol=1e-6)
+    np.testing.assert_allclose(rates[100], 0, atol=1e-7)
+    assert max(rates) == rates[4]
+    np.testing.assert_allclose(rates[50], 1.0, rtol=1e-5)
+
+
+def test_figures_are_against_the_baseline_on_the_same_seed(tmp_path):
+    records = Records(tmp_path)
+    for seed, end in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        records.add_run(Key("cnn", "sgd", "test", "0.1", seed), Run(40, [9.0, 8.0, 7.0, end], 4.0))
+        records.add_run(Key("cnn", "eva", "test", "0.2", seed), Run(40, [9.0, end, end / 2, end / 4], 5.0))
+        records.add_run(Key("cnn", "eva_f", "test", "0.2", seed), Run(40, [9.0, 9.0, 9.0, 9.0], 4.0))
+    records.add_time("cnn", "sgd", 0.01, 0.01)
+    records.add_time("cnn", "eva", 0.02, 0.01)
+    found = report.summaries(Records(tmp_path))
+    eva = found["cnn", "eva"]
+    assert (eva.steps, eva.fewer_steps, eva.less_time) == ([20.0] * 3, 2.0, 1.0)
+    assert (eva.lower_train, eva.lower_validation) == (4.0, 0.8)
+    assert found["cnn", "sgd"].fewer_steps == 1.0
+    assert found["cnn", "eva_f"].fewer_steps == 0.0
+    assert found["cnn", "eva"].row("eva")[-2:] == ("20 (20–20), 2.00×", "0.4, 1.00×")
+    assert found["cnn", "eva_f"].row("eva_f")[-2:] == ("–", "–")
+
+    page = tmp_path / "convergence.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        report.write(Records(tmp_path), tmp_path)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert text.count("| eva |") == 1
+    assert (tmp_path / "convergence.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["cnn", "lm_200"])
+def test_the_baseline_muon_orthogonalises_every_kernel(name):
+    task = TASKS[name]
+    params = jax.eval_shape(task.model.init, jax.random.key(0), task.load().train.inputs[:1])["params"]
+    specs = jax.tree.leaves(muon_dimensions(params), is_leaf=lambda leaf: not isinstance(leaf, dict))
+    for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs, strict=True):
+        if path[-1].key == "kernel":
+            axes = {*np.atleast_1d(spec.reduction_axis), spec.output_axis}
+            assert axes == set(range(leaf.ndim)) - ({0} if "layers" in str(path) else set())
+            assert spec.output_axis == leaf.ndim - 1
+        else:
+            assert spec is None
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains(name):
+    run = training.train(TINY, OPTIMIZERS[name], 0.01, seed=1, steps=30)
+    assert len(run.curve) == training.POINTS
+    assert math.isfinite(run.validation)
+    assert run.final < run.curve[0]
