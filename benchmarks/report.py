@@ -29,21 +29,23 @@ class Summary:
         seeds = sorted(runs.keys() & baseline.keys())
         self.rate = records.tested_rate(task, optimizer.name)
         self.train, self.validation = [[getattr(runs[s], name) for s in seeds] for name in ("final", "validation")]
-        self.steps = [runs[seed].steps_to(baseline[seed].final) for seed in seeds]
+        # A seed on which the baseline itself diverged says nothing about the steps to its loss.
+        reached = [(run.steps_to(run.final), runs[s].steps_to(run.final)) for s, run in baseline.items() if s in runs]
+        reached = [(own, steps) for own, steps in reached if math.isfinite(own)]
+        self.steps = [steps for _, steps in reached]
+        self.fewer_steps = _median([own / steps for own, steps in reached])
         self.seconds, baseline_seconds = records.times.get((task, optimizer.name), (math.nan, math.nan))
-        own = [baseline[seed].steps_to(baseline[seed].final) for seed in seeds]
-        self.fewer_steps = _median([ours / steps for ours, steps in zip(own, self.steps, strict=True)])
         self.less_time = self.fewer_steps * baseline_seconds / self.seconds
         self.lower_train = _median([baseline[seed].final for seed in seeds]) / _median(self.train)
         self.lower_validation = _median([baseline[seed].validation for seed in seeds]) / _median(self.validation)
 
     def row(self, name: str) -> tuple[str, ...]:
         losses = _with_range(self.train, ".4g"), _with_range(self.validation, ".4g")
-        steps, seconds = f"{_with_range(self.steps, '.0f')}, {self.fewer_steps:.2f}×", "–"
+        steps = seconds = "–"
+        if any(map(math.isfinite, self.steps)):
+            steps = f"{_with_range(self.steps, '.0f')}, {self.fewer_steps:.2f}×"
         if math.isfinite(_median(self.steps)):
             seconds = f"{_median(self.steps) * self.seconds:.2g}, {self.less_time:.2f}×"
-        elif all(map(math.isinf, self.steps)):
-            steps = "–"
         return name, f"{self.rate:.2g}", *losses, f"{1000 * self.seconds:.2f}", steps, seconds
 
 
@@ -90,17 +92,19 @@ def plot(found: dict[tuple[str, str], Summary]) -> Figure:
     tasks = list(dict.fromkeys(task for task, _ in found))
     names = list(dict.fromkeys(name for _, name in found if OPTIMIZERS[name].baseline != name))
     labels = [f"{name}  (against {OPTIMIZERS[name].baseline})" for name in names]
-    figure = Figure(figsize=(5 + 1.5 * len(tasks), 2.5 + 0.55 * len(names)), layout="constrained")
-    figure.suptitle("Baseline ÷ optimizer: above 1 (blue) is better; – never reached, × diverged")
+    figure = Figure(figsize=(5 + 1.5 * len(tasks), 2.5 + 0.6 * len(names)), layout="constrained")
+    figure.suptitle("Baseline ÷ optimizer: above 1 (blue) is better. – never reached, × diverged")
     for number, (axes, (title, figure_of)) in enumerate(zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True)):
         known = {key: figure_of(found[key]) for key in ((t, n) for t in tasks for n in names) if key in found}
         colors = [[known.get((task, name)) or math.nan for task in tasks] for name in names]
-        axes.imshow(colors, cmap="RdBu", norm=LogNorm(1 / 3, 3), aspect="auto")
+        axes.imshow(colors, cmap="RdBu", norm=LogNorm(1 / 4, 4), aspect="auto")
+        axes.set_facecolor("lightgrey")
         for (task, name), value in known.items():
             diverged = math.isinf(_median(found[task, name].train))
             text = "×" if diverged else f"{value:.2f}" if value else "–"
-            axes.text(tasks.index(task), names.index(name), text, ha="center", va="center", fontsize=8)
-        axes.set_title(title)
+            color = "white" if value and not 1 / 2 < value < 2 else "black"
+            axes.text(tasks.index(task), names.index(name), text, color=color, ha="center", va="center", fontsize=8)
+        axes.set_title(title, fontsize=10)
         axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", fontsize=8)
         axes.set_yticks(range(len(names)), labels if number % 2 == 0 else [""] * len(names), fontsize=8)
     return figure
@@ -109,6 +113,7 @@ def plot(found: dict[tuple[str, str], Summary]) -> Figure:
 def write(records: Records, directory: Path) -> None:
     """Prints the tables, puts them into `convergence.md` of the directory, and draws `convergence.png` there."""
     found, console = summaries(records), Console()
+    console.width = max(console.width, 130)  # of the tables
     if not found:
         console.print("Nothing to report: no optimizer has been tested together with its baseline yet.")
         return

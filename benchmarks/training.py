@@ -36,7 +36,7 @@ class Run(NamedTuple):
     def steps_to(self, loss: float) -> float:
         """The first step at which the training loss is down to `loss`, interpolated linearly; infinity if none."""
         for index, (before, here) in enumerate(pairwise([math.inf, *self.curve])):
-            if here <= loss:
+            if here <= loss < math.inf:
                 share = 1 if math.isinf(before) else (before - loss) / (before - here)
                 return (index + share) * self.steps / len(self.curve)
         return math.inf

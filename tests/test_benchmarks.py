@@ -85,6 +85,8 @@ def test_figures_are_against_the_baseline_on_the_same_seed(tmp_path):
         records.add_run(Key("cnn", "sgd", "test", "0.1", seed), Run(40, [9.0, 8.0, 7.0, end], 4.0))
         records.add_run(Key("cnn", "eva", "test", "0.2", seed), Run(40, [9.0, end, end / 2, end / 4], 5.0))
         records.add_run(Key("cnn", "eva_f", "test", "0.2", seed), Run(40, [9.0, 9.0, 9.0, 9.0], 4.0))
+    records.add_run(Key("cnn", "sgd", "test", "0.1", 4), Run(40, [math.inf] * 4, math.inf))  # says nothing
+    records.add_run(Key("cnn", "eva", "test", "0.2", 4), Run(40, [1.0] * 4, 5.0))
     records.add_time("cnn", "sgd", 0.01, 0.01)
     records.add_time("cnn", "eva", 0.02, 0.01)
     found = report.summaries(Records(tmp_path))
