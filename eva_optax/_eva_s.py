@@ -72,7 +72,7 @@ def scale_by_eva_s(
       >>> tx = optax.chain(eva_optax.scale_by_eva_s(), optax.sgd(0.1))
       >>> state = tx.init(params)
       >>> updates, state = tx.update({"kernel": jnp.array([[1.0, 2.0, 0.0], [3.0, 4.0, 2.0]])}, state, params)
-      >>> float(jnp.linalg.norm(updates["kernel"]).round(3))  # 0.1 ‖G‖: only the direction has changed
+      >>> print(jnp.linalg.norm(updates["kernel"]).round(3))  # 0.1 ‖G‖: only the direction has changed
       0.583
     """
     check_positive("scale_by_eva_s", damping=damping, kl_clip=kl_clip)
