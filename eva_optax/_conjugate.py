@@ -1,6 +1,6 @@
 """`conjugate` and `center`: any Optax transformation, run in better coordinates of each tapped layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,8 +8,11 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from eva_optax._figures import note_figures, start_figures
+from eva_optax._layout import Layout
 from eva_optax._options import check_decay, check_layers, check_positive, check_probes
 from eva_optax._pairing import TappedLayer, is_probe, leaves_by_path, replace_leaves
+from eva_optax._rank_one import Damping, eva_f_step
 from eva_optax._running import check_state, settle, start_averages, take_in
 from eva_optax._whitening import whiten, whitening
 
@@ -21,11 +24,13 @@ class ConjugateState(NamedTuple):
       vectors: the running mean inputs, shaped like the parameters: each probe holds `a`, and in `n` 1 as soon as there
         is one; everything else is an `optax.MaskedNode`.
       skipped: how many times a layer's mean input was not finite, int32 scalar.
+      figures: what `diagnostics` reports of each layer at the last step, by name; trees shaped like the parameters.
       inner: the state of the inner transformation, in the new coordinates.
     """
 
     vectors: Any
     skipped: Array
+    figures: dict[str, Any]
     inner: Any
 
 
@@ -85,7 +90,7 @@ def conjugate(
         r = whitening(layer.layout, a, bias is not None, damping, relative)
         return whiten(layer.layout, r, kernel, bias)
 
-    return _in_coordinates("conjugate", inner, change, change, decay)
+    return _in_coordinates("conjugate", inner, change, change, decay, {"norm_a": _norm, "cosine": _cosine})
 
 
 def center(inner: optax.GradientTransformation, *, decay: ArrayLike = 0.05) -> optax.GradientTransformationExtraArgs:
@@ -98,7 +103,8 @@ def center(inner: optax.GradientTransformation, *, decay: ArrayLike = 0.05) -> o
       (\Delta W, \Delta\beta') = \mathrm{inner}(G', g'), \quad \Delta\beta = \Delta\beta' - \mu^\top \Delta W
 
     with G and g the gradients of kernel and bias. There is no damping. A layer without a bias has nothing to take the
-    mean's part and passes as it is. What `inner` keeps from step to step is as for `conjugate`.
+    mean's part and passes as it is (`coverage` says which these are). What `inner` keeps from step to step is as for
+    `conjugate`.
 
     Args:
       inner: the transformation to run; weight decay and learning rate stay outside, as for `conjugate`.
@@ -131,42 +137,65 @@ def center(inner: optax.GradientTransformation, *, decay: ArrayLike = 0.05) -> o
             return kernel, None
         return kernel, bias - jnp.sum(a * kernel, layer.layout.sum_axes[1], keepdims=True)
 
-    return _in_coordinates("center", inner, forward, back, decay)
+    return _in_coordinates("center", inner, forward, back, decay, {"norm_a": _norm})
 
 
 KernelAndBias = tuple[Array, Array | None]
 Change = Callable[[TappedLayer, Array, Array, Array | None], KernelAndBias]
+Report = Mapping[str, Callable[[Layout, Array, Array, Array | None], Array]]
 
 
 def _in_coordinates(
-    caller: str, inner: optax.GradientTransformation, forward: Change, back: Change, decay: ArrayLike
+    caller: str,
+    inner: optax.GradientTransformation,
+    forward: Change,
+    back: Change,
+    decay: ArrayLike,
+    report: Report,
 ) -> optax.GradientTransformationExtraArgs:
     """Takes gradients `forward`, runs `inner`, and takes its updates `back`, layer by layer."""
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> ConjugateState:
         check_probes(caller, params)
-        return ConjugateState(start_averages(params, ("a",)), jnp.zeros((), jnp.int32), inner.init(params))
+        averages = start_averages(params, ("a",))
+        return ConjugateState(averages, jnp.zeros((), jnp.int32), start_figures(params, report), inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ConjugateState]:
         check_state(caller, state, ConjugateState)
         layers = check_layers(caller, updates)
         leaves, averages = leaves_by_path(updates), leaves_by_path(state.vectors)
+        figures = {name: leaves_by_path(tree) for name, tree in state.figures.items()}
         skipped, means = state.skipped, {}
         new = {path: jnp.zeros_like(leaf) for path, leaf in leaves.items() if is_probe(path)}
         for layer in layers:
             average = take_in(layer, leaves, averages, ("a",), decay)
-            _, broken, settled = settle(layer, average, jnp.ones_like(average.used))
+            settled = settle(layer, average, jnp.ones_like(average.used))
             means[layer.name] = layer.layout.view(average.vectors["a"])
-            new |= layer.place(*forward(layer, means[layer.name], *layer.gradient(leaves)), leaves)
-            averages |= settled
-            skipped += broken
+            kernel, bias = layer.gradient(leaves)
+            new |= layer.place(*forward(layer, means[layer.name], kernel, bias), leaves)
+            averages |= settled.averages
+            skipped += settled.broken
+            found = {name: figure(layer.layout, means[layer.name], kernel, bias) for name, figure in report.items()}
+            note_figures(figures, layer, found, settled.healthy)
         updates, inner_state = inner.update(replace_leaves(updates, new), state.inner, params, **extra)
         leaves = leaves_by_path(updates)
         new = {path: jnp.zeros_like(leaf) for path, leaf in leaves.items() if is_probe(path)}
         for layer in layers:
             new |= layer.place(*back(layer, means[layer.name], *layer.gradient(leaves)), leaves)
         vectors = replace_leaves(state.vectors, averages)
-        return replace_leaves(updates, new), ConjugateState(vectors, skipped, inner_state)
+        noted = {name: replace_leaves(tree, figures[name]) for name, tree in state.figures.items()}
+        return replace_leaves(updates, new), ConjugateState(vectors, skipped, noted, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _norm(layout: Layout, a: Array, kernel: Array, bias: Array | None) -> Array:
+    square = jnp.sum(a * a, layout.sum_axes[1], keepdims=True)
+    return jnp.sqrt(layout.view_per_layer(jnp.sum, square))
+
+
+def _cosine(layout: Layout, a: Array, kernel: Array, bias: Array | None) -> Array:
+    """The share of the gradient along (a, 1), in the read that R needs anyway."""
+    step, _ = eva_f_step(layout, kernel, bias, {"a": a}, Damping(1.0, relative=True, keep_scale=True))
+    return layout.view_per_layer(jnp.mean, step.cosine)

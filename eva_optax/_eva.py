@@ -1,38 +1,11 @@
 """`scale_by_eva`: Eva as an Optax gradient transformation."""
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
-
-import jax
-import jax.numpy as jnp
 import optax
-from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from eva_optax._options import check_decay, check_layers, check_positive, check_probes
-from eva_optax._pairing import Path, TappedLayer, is_probe, leaves_by_path, replace_leaves
-from eva_optax._rank_one import RankOne, Sums, apply_rank_one, eva_step, layer_sums, rank_one_products
-from eva_optax._running import check_state, settle, start_averages, take_in
-
-StepRule = Literal["none", "kl_clip", "kl_norm", "grad_norm"]
-
-
-class ScaleByEvaState(NamedTuple):
-    """State of `scale_by_eva`.
-
-    Attributes:
-      count: steps taken, int32 scalar.
-      vectors: the running vectors, shaped like the parameters: each probe holds the averages `a` and `b`, and in `n` 1
-        as soon as there is one; everything else is an `optax.MaskedNode`.
-      skipped: how many times a layer was skipped because its vectors were not finite, or no longer those that its tap
-        gave, int32 scalar.
-      nu: the last step-size factor ν, float scalar.
-    """
-
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    vectors: Any
-    skipped: Array
-    nu: Array
+from eva_optax._precondition import Rate, precondition
+from eva_optax._rank_one import Damping, eva_step
+from eva_optax._step_rule import StepRule
 
 
 def scale_by_eva(
@@ -42,7 +15,7 @@ def scale_by_eva(
     decay: ArrayLike = 0.05,
     step_rule: StepRule = "none",
     kl_clip: ArrayLike = 1e-3,
-    learning_rate: ArrayLike | Callable[[Array], ArrayLike] = 1.0,
+    learning_rate: Rate = 1.0,
 ) -> optax.GradientTransformation:
     r"""Preconditions the gradient of each tapped layer with its Kronecker vectors.
 
@@ -55,16 +28,17 @@ def scale_by_eva(
       P = \frac{1}{\gamma}\Bigl(G - \frac{\langle G, a b^\top \rangle}{\gamma + \|a\|^2 \|b\|^2}\, a b^\top\Bigr)
       \quad (\text{absolute}),
 
-    and every P is multiplied by one factor ν:
+    and every P is multiplied by one factor ν, or by one for each layer:
 
-    ===========  =====================================================================  =======================
-    step_rule    ν                                                                      source
-    ===========  =====================================================================  =======================
-    "none"       1
-    "kl_clip"    :math:`\min(1, \sqrt{\kappa / (\eta^2 \sum \langle P, G \rangle)})`    ICLR paper
-    "kl_norm"    :math:`1 / \sqrt{\sum \langle P, G \rangle}`, P without the 1/γ        extended paper
-    "grad_norm"  :math:`\sqrt{\sum \|G\|^2 / \sum \|P\|^2}`                             reference code
-    ===========  =====================================================================  =======================
+    =================  ===============================================================  =======================
+    step_rule          factor                                                           source
+    =================  ===============================================================  =======================
+    "none"             1
+    "kl_clip"          :math:`\min(1, \sqrt{\kappa / (\eta^2 \sum \langle P, G \rangle)})`  ICLR paper
+    "kl_norm"          :math:`1 / \sqrt{\sum \langle P, G \rangle}`, P without the 1/γ  extended paper
+    "grad_norm"        :math:`\sqrt{\sum \|G\|^2 / \sum \|P\|^2}`                       reference code
+    "layer_grad_norm"  :math:`\|G\| / \|P\|` of each layer (ν is 1)                     extended paper, Eva-s
+    =================  ===============================================================  =======================
 
     Put it first in a chain, before any optimizer: ``optax.chain(scale_by_eva(), optax.sgd(0.1, momentum=0.9))``. Before
     it only operations that are linear in the whole gradient keep the meaning of the vectors, such as clipping by the
@@ -110,98 +84,5 @@ def scale_by_eva(
       >>> updates["bias"]  # all inputs are equal, so that G = a b exactly and P = G (1 - 1 / 1.1)
       Array([-0.03636365, -0.03636365], dtype=float32)
     """
-    check_positive("scale_by_eva", damping=damping, kl_clip=kl_clip)
-    check_decay("scale_by_eva", decay)
-    if step_rule not in get_args(StepRule):
-        raise ValueError(f"eva_optax.scale_by_eva: step_rule must be one of {get_args(StepRule)}, got {step_rule!r}.")
-
-    def init(params: Any) -> ScaleByEvaState:
-        check_probes("scale_by_eva", params)
-        averages = start_averages(params, ("a", "b"))
-        dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(averages)))
-        zero = jnp.zeros((), jnp.int32)
-        return ScaleByEvaState(zero, averages, jnp.zeros_like(zero), jnp.ones((), dtype))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByEvaState]:
-        del params
-        check_state("scale_by_eva", state, ScaleByEvaState)
-        layers = check_layers("scale_by_eva", updates)
-        leaves, averages = leaves_by_path(updates), leaves_by_path(state.vectors)
-        steps = [_read(layer, leaves, averages, decay) for layer in layers]
-        rank_ones = [eva_step(step.sums, damping, relative, keep_scale=step_rule == "kl_norm") for step in steps]
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        nu = _step_size(steps, rank_ones, step_rule, kl_clip, rate, state.nu.dtype)
-
-        outputs = {path: jnp.zeros_like(leaf) for path, leaf in leaves.items() if is_probe(path)}
-        skipped = state.skipped
-        for step, rank_one in zip(steps, rank_ones, strict=True):
-            outputs |= _write(step, rank_one, nu, leaves)
-            averages |= step.averages
-            skipped += step.broken
-        count = jnp.asarray(optax.safe_increment(state.count))
-        new_state = ScaleByEvaState(count, replace_leaves(state.vectors, averages), skipped, nu)
-        return replace_leaves(updates, outputs), new_state
-
-    return optax.GradientTransformation(init, update)
-
-
-class _LayerStep(NamedTuple):
-    """One layer within an update: gradients and running vectors in its view, and what was found about them."""
-
-    layer: TappedLayer
-    kernel: Array
-    bias: Array | None
-    a: Array
-    b: Array
-    sums: Sums
-    healthy: Array  # a flag for each stacked layer, in the view
-    broken: Array
-    averages: dict[Path, Array]
-
-
-def _read(layer: TappedLayer, leaves: dict[Path, Array], averages: dict[Path, Array], decay: ArrayLike) -> _LayerStep:
-    """Averages the layer's vectors and takes its sums: the first of the two reads of its gradient."""
-    layout = layer.layout
-    average = take_in(layer, leaves, averages, ("a", "b"), decay)
-    a, b = (layout.view(average.vectors[name]) for name in ("a", "b"))
-    kernel, bias = layer.gradient(leaves)
-    sums = layer_sums(layout, kernel, bias, a, b)
-    # Whether the gradient is finite comes out of the sums, so that it costs no read of its own.
-    finite_gradient = layout.all_per_layer(jnp.isfinite(layout.unview(sums.gg, layout.batch_shape)))
-    healthy, broken, settled = settle(layer, average, finite_gradient)
-    return _LayerStep(layer, kernel, bias, a, b, sums, layout.view(healthy), broken, settled)
-
-
-def _write(step: _LayerStep, rank_one: RankOne, nu: Array, leaves: dict[Path, Array]) -> dict[Path, Array]:
-    """The updates of the layer's kernel and bias: the second read of its gradient."""
-    factor = jnp.where(step.healthy, rank_one.factor * nu.astype(step.a.dtype), 1)
-    coefficient = jnp.where(step.healthy, rank_one.coefficient, 0)
-    kernel, bias = apply_rank_one(RankOne(factor, coefficient), step.kernel, step.bias, step.a, step.b)
-    return step.layer.place(kernel, bias, leaves)
-
-
-def _step_size(
-    steps: list[_LayerStep],
-    rank_ones: list[RankOne],
-    step_rule: StepRule,
-    kl_clip: ArrayLike,
-    rate: ArrayLike,
-    dtype: DTypeLike,
-) -> Array:
-    """ν from the sums over all healthy layers; 1 where it is not defined."""
-    if step_rule == "none":
-        return jnp.ones((), dtype)
-    gg = pg = pp = jnp.zeros((), dtype)
-    for step, rank_one in zip(steps, rank_ones, strict=True):
-        products = (step.sums.gg, *rank_one_products(step.sums, rank_one))
-        here = [jnp.sum(jnp.where(step.healthy, product, 0)).astype(dtype) for product in products]
-        gg, pg, pp = gg + here[0], pg + here[1], pp + here[2]
-    if step_rule == "kl_clip":
-        numerator, denominator = jnp.asarray(kl_clip, dtype), jnp.asarray(rate, dtype) ** 2 * pg
-    elif step_rule == "kl_norm":
-        numerator, denominator = jnp.ones((), dtype), pg
-    else:
-        numerator, denominator = gg, pp
-    defined = denominator > 0
-    nu = jnp.where(defined, jnp.sqrt(numerator / jnp.where(defined, denominator, 1)), 1)
-    return jnp.minimum(nu, 1) if step_rule == "kl_clip" else nu
+    kept = Damping(damping, relative, keep_scale=step_rule == "kl_norm")
+    return precondition("scale_by_eva", eva_step, ("a", "b"), kept, decay, step_rule, kl_clip, learning_rate)

@@ -11,6 +11,7 @@ All other kernels are their own view: they are never reshaped or transposed, and
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
 import jax.numpy as jnp
@@ -76,14 +77,23 @@ class Layout(NamedTuple):
         return outputs, inputs
 
     @property
+    def is_grouped(self) -> bool:
+        """Whether the view splits an axis."""
+        return bool(self._grouped)
+
+    @property
     def batch_shape(self) -> Shape:
         """The sizes of the batch axes and the numbers of groups, unsplit, every other axis 1."""
         return tuple(1 if b == 1 else a for a, b in zip(self.a, self.b, strict=True))
 
-    def all_per_layer(self, condition: Array) -> Array:
-        """Whether `condition`, of the kernel's rank, holds throughout each stacked layer; in the counter's shape."""
+    def per_layer(self, reduce: Callable[[Array, Sequence[int]], Array], array: Array) -> Array:
+        """`array`, of the kernel's rank, reduced (`jnp.all`, `jnp.sum`) over each stacked layer; as the counter."""
         others = tuple(axis for axis in range(len(self.kernel)) if axis not in self._stack_axes)
-        return jnp.all(condition, others).reshape(self.counter)
+        return reduce(array, others).reshape(self.counter)
+
+    def view_per_layer(self, reduce: Callable[[Array, Sequence[int]], Array], sums: Array) -> Array:
+        """`per_layer` of sums over the view's input and output axes."""
+        return self.per_layer(reduce, self.unview(sums, self.batch_shape))
 
     def spread_counter(self, counter: Array) -> Array:
         """A counter, in the bias's rank, laid out against the unsplit kernel, a and b."""

@@ -5,7 +5,8 @@ parameters of the layer the probe speaks for. Paths are compared as tuples of na
 and boxes with partition names (whose inner value adds a trailing ".value") all look alike.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +91,18 @@ class TappedLayer(NamedTuple):
         return {path: shard_like(value.astype(leaves[path].dtype), leaves[path]) for path, value in placed.items()}
 
 
+def layer_names(probes: Iterable[Path]) -> dict[Path, str]:
+    """The names of layers by the paths of their probes: the module's, or the kernel's where a module has several."""
+    probes = list(probes)
+    modules = Counter(probe[:-2] for probe in probes)
+
+    def name(probe: Path) -> str:
+        module, kernel = probe[:-2], probe[-1].partition(",")[0]
+        return "/".join(module if modules[module] == 1 else (*module, kernel))
+
+    return {probe: name(probe) for probe in probes}
+
+
 def find_layers(leaves: dict[Path, Any]) -> list[TappedLayer]:
     """The tapped layers among `leaves`, in their order; one whose kernel is missing (masked) is left out.
 
@@ -100,14 +113,12 @@ def find_layers(leaves: dict[Path, Any]) -> list[TappedLayer]:
     for path in leaves:
         if is_probe(path):
             probes.setdefault(path[:-1], {})[path[-1]] = path
-    per_module: dict[Path, int] = {}
-    for prefix in probes:
-        per_module[prefix[:-2]] = per_module.get(prefix[:-2], 0) + 1
+    names = layer_names(probes)
     layers = []
     for prefix, probe in probes.items():
         module, (kernel_name, _, bias_name) = prefix[:-2], prefix[-1].partition(",")
         kernel, bias = (*module, kernel_name), (*module, bias_name)
-        name = "/".join(module if per_module[module] == 1 else kernel)
+        name = names[prefix]
         if kernel not in leaves:
             continue
         missing = [leaf for leaf in PROBE_LEAVES if leaf not in probe]

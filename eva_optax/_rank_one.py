@@ -1,11 +1,12 @@
-"""The mathematics of one layer: a rank-one curvature inverted by the Sherman-Morrison formula.
+"""The mathematics of one layer: a curvature of one direction, inverted by the Sherman-Morrison formula.
 
-With G the kernel gradient and the bias gradient as its last row, V = (a, 1)·b the Kronecker direction, γ the damping,
+With G the kernel gradient and the bias gradient as its last row, (a, 1) the homogeneous input and γ the damping,
 
-    P = (V Vᵀ + γI)⁻¹ G = (G − ⟨G, V⟩ / (γ + ‖V‖²) · V) / γ.
+    Eva    P = (V Vᵀ + γI)⁻¹ G = (G − ⟨G, V⟩ / (γ + ‖V‖²) · V) / γ,  V = (a, 1) bᵀ,
+    Eva-f  P = (a aᵀ + γI)⁻¹ G = (G − (a, 1) · (a, 1)ᵀG / (γ + ‖(a, 1)‖²)) / γ.
 
-G is read once for the sums and once for the update; P is never needed for the step-size factor, because ⟨P, G⟩ and
-⟨P, P⟩ follow from three scalars.
+Both take a multiple of a from each column: P = factor · (G − (a, 1) · row). G is read once for the sums and once for
+the update; P is never needed for the step-size factor, because ⟨P, G⟩ and ⟨P, P⟩ follow from scalars.
 Arguments are in the layer's view (see `Layout`), sums keep its batch axes: one number for each independent layer.
 """
 
@@ -18,55 +19,105 @@ from jax.typing import ArrayLike
 from eva_optax._layout import Layout
 
 
-class Sums(NamedTuple):
-    """⟨G, G⟩, ⟨G, V⟩ and ⟨V, V⟩ of each independent layer."""
+class Step(NamedTuple):
+    """The update P = factor · (G − V), and its products, for each independent layer.
 
+    Attributes:
+      factor: the number before the bracket.
+      row: V = (a, 1) · row, laid out as b.
+      gg: ⟨G, G⟩.
+      gv: ⟨G, V⟩.
+      vv: ⟨V, V⟩.
+      cosine: of the angle between G and the direction of the curvature.
+    """
+
+    factor: Array
+    row: Array
     gg: Array
     gv: Array
     vv: Array
+    cosine: Array
+
+    @property
+    def products(self) -> tuple[Array, Array, Array]:
+        """⟨G, G⟩, ⟨P, G⟩ and ⟨P, P⟩."""
+        pp = self.factor**2 * (self.gg - 2 * self.gv + self.vv)
+        return self.gg, self.factor * (self.gg - self.gv), jnp.maximum(pp, 0)
+
+    def apply(self, kernel: Array, bias: Array | None, a: Array) -> tuple[Array, Array | None]:
+        """P for kernel and bias, laid out as they are."""
+        return self.factor * (kernel - a * self.row), None if bias is None else self.factor * (bias - self.row)
 
 
-def layer_sums(layout: Layout, kernel: Array, bias: Array | None, a: Array, b: Array) -> Sums:
-    """The sums over one layer; `kernel`, `a`, `b` in the view, `bias` laid out as `b`."""
+class Damping(NamedTuple):
+    """How a curvature is damped.
+
+    Attributes:
+      value: γ, or with `relative` its ratio to the curvature's only eigenvalue.
+      relative: whether P is scale-free; it is then γ (V Vᵀ + γI)⁻¹ G.
+      keep_scale: leave out the outer 1/γ of absolute damping.
+    """
+
+    value: ArrayLike
+    relative: bool
+    keep_scale: bool
+
+    def invert(self, eigenvalue: Array) -> tuple[Array, Array]:
+        """The outer factor, and 1 / (γ + eigenvalue); that is 0 where relative damping knows no scale."""
+        one, value = jnp.ones_like(eigenvalue), jnp.asarray(self.value, eigenvalue.dtype)
+        if self.relative:
+            return one, safe_divide(one, (1 + value) * eigenvalue)
+        return one if self.keep_scale else one / value, 1 / (value + eigenvalue)
+
+
+def eva_step(
+    layout: Layout, kernel: Array, bias: Array | None, vectors: dict[str, Array], damping: Damping
+) -> tuple[Step, dict[str, Array]]:
+    """Eva's step, and ‖a‖² and ‖b‖²; `kernel` and `vectors` in the view, `bias` laid out as b."""
     outputs, inputs = layout.sum_axes
+    a, b = vectors["a"], vectors["b"]
     # Side by side over the same axes first: one pass over the kernel's gradient gives both.
     gv = jnp.sum(a * jnp.sum(kernel * b, outputs, keepdims=True), inputs, keepdims=True)
     gg = jnp.sum(jnp.sum(kernel * kernel, outputs, keepdims=True), inputs, keepdims=True)
     aa = jnp.sum(a * a, inputs, keepdims=True)
     bb = jnp.sum(b * b, outputs, keepdims=True)
+    squares = {"a": aa, "b": bb}
     if bias is not None:  # the homogeneous input's 1 stays a separate scalar
         gv += jnp.sum(bias * b, outputs, keepdims=True)
         gg += jnp.sum(bias * bias, outputs, keepdims=True)
         aa += 1
-    return Sums(gg, gv, aa * bb)
+    factor, inverse = damping.invert(aa * bb)
+    weight = gv * inverse
+    step = Step(factor, weight * b, gg, weight * gv, weight**2 * aa * bb, cosine(gv, gg, aa * bb))
+    return step, squares
 
 
-class RankOne(NamedTuple):
-    """The update P = factor · (G − coefficient · V)."""
-
-    factor: Array
-    coefficient: Array
-
-
-def eva_step(sums: Sums, damping: ArrayLike, relative: bool, keep_scale: bool) -> RankOne:
-    """Sherman-Morrison. `relative` damping is a multiple of ‖V‖²; `keep_scale` leaves out the outer 1/γ."""
-    one = jnp.ones_like(sums.vv)
-    damping = jnp.asarray(damping, sums.vv.dtype)
-    if relative:
-        known = sums.vv > 0
-        return RankOne(one, jnp.where(known, sums.gv / jnp.where(known, (1 + damping) * sums.vv, 1), 0))
-    return RankOne(one if keep_scale else one / damping, sums.gv / (damping + sums.vv))
-
-
-def rank_one_products(sums: Sums, step: RankOne) -> tuple[Array, Array]:
-    """⟨P, G⟩ and ⟨P, P⟩, without P."""
-    factor, c = step
-    pg = factor * (sums.gg - c * sums.gv)
-    pp = factor**2 * (sums.gg - 2 * c * sums.gv + c**2 * sums.vv)
-    return pg, jnp.maximum(pp, 0)
+def eva_f_step(
+    layout: Layout, kernel: Array, bias: Array | None, vectors: dict[str, Array], damping: Damping
+) -> tuple[Step, dict[str, Array]]:
+    """Eva-f's step, and ‖a‖²; arguments as for `eva_step`."""
+    outputs, inputs = layout.sum_axes
+    a = vectors["a"]
+    along = jnp.sum(a * kernel, inputs, keepdims=True)
+    gg = jnp.sum(jnp.sum(kernel * kernel, inputs, keepdims=True), outputs, keepdims=True)
+    aa = jnp.sum(a * a, inputs, keepdims=True)
+    squares = {"a": aa}
+    if bias is not None:
+        along += bias
+        gg += jnp.sum(bias * bias, outputs, keepdims=True)
+        aa += 1
+    factor, inverse = damping.invert(aa)
+    square = jnp.sum(along * along, outputs, keepdims=True)
+    share = cosine(square, gg * aa, square)
+    return Step(factor, inverse * along, gg, inverse * square, inverse**2 * aa * square, share), squares
 
 
-def apply_rank_one(step: RankOne, kernel: Array, bias: Array | None, a: Array, b: Array) -> tuple[Array, Array | None]:
-    """P for kernel and bias, laid out as they are."""
-    factor, c = step
-    return factor * (kernel - (c * a) * b), None if bias is None else factor * (bias - c * b)
+def cosine(xy: Array, xx: Array, yy: Array) -> Array:
+    """⟨x, y⟩ / (‖x‖ ‖y‖), 0 where one of them is zero."""
+    return safe_divide(xy, jnp.sqrt(xx) * jnp.sqrt(yy))
+
+
+def safe_divide(numerator: Array, denominator: Array) -> Array:
+    """The quotient, 0 where the denominator is not greater than 0 or is NaN."""
+    known = denominator > 0
+    return jnp.where(known, numerator / jnp.where(known, denominator, 1), 0)

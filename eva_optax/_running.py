@@ -90,7 +90,7 @@ def take_in(
     new = {name: getattr(found, name) for name in vectors}
     finite = jnp.ones_like(used)
     for vector in new.values():
-        finite &= layout.all_per_layer(jnp.isfinite(vector))
+        finite &= layout.per_layer(jnp.all, jnp.isfinite(vector))
     take, first = layout.spread_counter(used & finite), layout.spread_counter(old["n"] == 0)
 
     def running(name: str) -> Array:
@@ -100,16 +100,26 @@ def take_in(
     return Average({name: running(name) for name in vectors}, old, used, finite)
 
 
-def settle(layer: TappedLayer, average: Average, finite_gradient: Array) -> tuple[Array, Array, dict[Path, Array]]:
-    """Ends the layer's step, once it is known whether its gradient is finite.
+class Settled(NamedTuple):
+    """The end of one layer's step.
 
-    Returns which stacked layers are healthy (used, vectors and gradient finite), in the kernel's rank; how many are
-    broken (vectors not finite beside a finite gradient); and what the state holds from now on.
+    Attributes:
+      healthy: which stacked layers were used and have finite vectors and gradient, in the counter's shape.
+      broken: how many have vectors that are not finite beside a finite gradient, int32 scalar.
+      averages: what the state holds from now on, by path.
     """
+
+    healthy: Array
+    broken: Array
+    averages: dict[Path, Array]
+
+
+def settle(layer: TappedLayer, average: Average, finite_gradient: Array) -> Settled:
+    """Ends the layer's step, once it is known whether its gradient is finite."""
     healthy = average.used & average.finite & finite_gradient
     broken = jnp.sum(average.used & ~average.finite & finite_gradient, dtype=jnp.int32)
     keep = layer.layout.spread_counter(healthy)
     state = {layer.probe["n"]: jnp.where(healthy, 1, average.old["n"])}
     for name, vector in average.vectors.items():
         state[layer.probe[name]] = jnp.where(keep, vector, average.old[name]).astype(average.old[name].dtype)
-    return keep, broken, state
+    return Settled(healthy, broken, state)
