@@ -73,7 +73,9 @@ def _optimizers() -> list[Optimizer]:
         *found,
         Optimizer("conjugate+sgd", "sgd", lambda rate: eva_optax.conjugate(sgd(rate))),
         Optimizer("eva_adamw", "adamw", lambda rate: eva_optax.eva_adamw(rate, weight_decay=0.0)),
-        Optimizer("eva_muon", "muon", lambda rate: eva_optax.eva_muon(rate)),
+        Optimizer(
+            "eva_muon", "muon", lambda rate: eva_optax.eva_muon(rate, muon_weight_dimension_numbers=muon_dimensions)
+        ),
         Optimizer("eva", "sgd", lambda rate: eva_optax.eva(rate)),
         Optimizer("eva_f", "sgd", lambda rate: eva_optax.eva_f(rate)),
         Optimizer("eva_s", "sgd", lambda rate: eva_optax.eva_s(rate), tapped=False),
