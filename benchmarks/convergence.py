@@ -25,6 +25,7 @@ RATES = 6
 PER_DECADE = 3
 EXTENSIONS = 8  # at most; a best rate that is on an edge even then is reported as it is
 TUNING_SEED, TEST_SEEDS = 0, (1, 2, 3)
+SMALL = ("sgd", "adamw", "muon", "eva+sgd", "eva_adamw", "eva_muon")
 ROOT = Path(__file__).resolve().parents[1]
 Train = Callable[[float, int], Run]  # from a rate and a seed
 
@@ -83,15 +84,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="SGD, AdamW and Muon with and without each member of the family.")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: all")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, help="default: all")
-    parser.add_argument("--results", type=Path, help="directory of the CSV files; default: benchmarks/results")
-    parser.add_argument("--output", type=Path, help="directory of the plot and the tables; default: docs")
-    parser.add_argument("--small", action="store_true", help="a few steps on the smallest task, results/convergence")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="directory of the CSV files; default: benchmarks/results, or results/convergence if small",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="directory of the plot and the tables; default: docs, or results/convergence if small",
+    )
+    parser.add_argument("--small", action="store_true", help="a few steps of six optimizers on the smallest task")
     parser.add_argument("--report", action="store_true", help="train nothing; tables and plot from the CSV files")
     options = parser.parse_args(arguments)
 
     small = Path("results", "convergence")
     tasks = [TASKS[name] for name in options.tasks or (["diabetes"] if options.small else TASKS)]
-    optimizers = [OPTIMIZERS[name] for name in options.optimizers or OPTIMIZERS]
+    optimizers = [OPTIMIZERS[name] for name in options.optimizers or (SMALL if options.small else OPTIMIZERS)]
     directory = options.results or (small if options.small else ROOT / "benchmarks" / "results")
     output = options.output or (small if options.small else ROOT / "docs")
     records = Records(directory)

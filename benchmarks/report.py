@@ -43,8 +43,9 @@ class Summary:
         losses = _with_range(self.train, ".4g"), _with_range(self.validation, ".4g")
         steps = seconds = "–"
         if any(map(math.isfinite, self.steps)):
-            steps = f"{_with_range(self.steps, '.0f')}, {self.fewer_steps:.2f}×"
-        if math.isfinite(_median(self.steps)):
+            steps = _with_range(self.steps, ".0f")
+        if self.fewer_steps > 0:
+            steps += f", {self.fewer_steps:.2f}×"
             seconds = f"{_median(self.steps) * self.seconds:.2g}, {self.less_time:.2f}×"
         return name, f"{self.rate:.2g}", *losses, f"{1000 * self.seconds:.2f}", steps, seconds
 

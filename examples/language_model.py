@@ -45,6 +45,18 @@ def matrices(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+def adamw(rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, b2=0.95)
+
+
+def muon(rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.contrib.muon(rate, adam_b2=0.95, muon_weight_dimension_numbers=matrices)
+
+
+def eva_muon(rate: optax.Schedule) -> optax.GradientTransformation:
+    return eva_optax.eva_muon(rate, muon_weight_dimension_numbers=matrices)
+
+
 class Optimizer(NamedTuple):
     """How an optimizer is made from a learning rate, whether it needs a tapped model, and the centre of its rates."""
 
@@ -54,18 +66,19 @@ class Optimizer(NamedTuple):
 
 
 OPTIMIZERS = {
-    "AdamW": Optimizer(lambda rate: optax.adamw(rate, b2=0.95), False, 0.005),
-    "Eva-AdamW": Optimizer(lambda rate: eva_optax.eva_adamw(rate, weight_decay=1e-4), True, 0.005),
-    "Muon": Optimizer(lambda rate: optax.contrib.muon(rate, muon_weight_dimension_numbers=matrices), False, 0.02),
-    "Eva-Muon": Optimizer(lambda rate: eva_optax.eva_muon(rate), True, 0.02),
+    "AdamW": Optimizer(adamw, False, 0.005),
+    "Eva-AdamW": Optimizer(eva_optax.eva_adamw, True, 0.005),
+    "Muon": Optimizer(muon, False, 0.02),
+    "Eva-Muon": Optimizer(eva_muon, True, 0.02),
 }
 
 
 class Run(NamedTuple):
-    """One training run, evaluated every few steps."""
+    """One training run, evaluated every few steps, and what Eva's diagnostics say there."""
 
     rate: float
-    steps: np.ndarray
+    steps: list[int]
+    diagnostics: list[dict[str, Array]]
     train_loss: np.ndarray
     validation_loss: np.ndarray
 
@@ -74,8 +87,8 @@ class Run(NamedTuple):
 
     def steps_to(self, loss: float) -> int | None:
         """The first evaluated step at which the training loss is no higher than `loss`."""
-        reached = self.steps[self.train_loss <= loss]
-        return int(reached[0]) if len(reached) and math.isfinite(loss) else None
+        reached = (step for step, here in zip(self.steps, self.train_loss, strict=True) if here <= loss < math.inf)
+        return next(reached, None)
 
 
 def schedule(rate: float | Array, steps: int) -> optax.Schedule:
@@ -118,15 +131,17 @@ def sweep(options: argparse.Namespace, advance: Callable[[str, int], Any]) -> di
             rate = optimizer.center * 10 ** ((number - options.rates // 2) / 2)
             params = jax.tree.map(jnp.copy, initial if optimizer.tapped else eva_optax.strip(initial))
             state = optimizer.make(schedule(rate, options.steps)).init(params)
-            steps, losses = [0], [evaluate(eva_optax.strip(params))]
+            steps, losses, history = [0], [evaluate(eva_optax.strip(params))], []
             for chunk in np.array_split(indices, min(EVALUATIONS, options.steps)):
                 for batch in chunk:
                     params, state = step(params, state, rate, train.characters[batch], train.following[batch])
                 steps.append(steps[-1] + len(chunk))
                 losses.append(evaluate(eva_optax.strip(params)))
                 jax.block_until_ready(losses)
+                if optimizer.tapped:
+                    history.append(jax.device_get(eva_optax.diagnostics(state)))
                 advance(name, len(chunk))
-            runs.append(Run(rate, np.array(steps), *np.array(losses).T))
+            runs.append(Run(rate, steps, history, *np.array(losses).T))
         best[name] = min(runs, key=Run.final_loss)
     return best
 
@@ -186,6 +201,11 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     plot(results, options.output / "language_model.png")
     console.print(f"Plot: {options.output / 'language_model.png'}", soft_wrap=True)
+    for name, run in results.items():
+        if OPTIMIZERS[name].tapped:
+            path = options.output / f"language_model_{name}.png"
+            eva_optax.plot_diagnostics(run.diagnostics, run.steps[1:]).savefig(path, dpi=110)
+            console.print(f"Diagnostics of {name}: {path}", soft_wrap=True)
 
 
 if __name__ == "__main__":
