@@ -141,7 +141,8 @@ def _rates(sgd: float, adamw: float, muon: float) -> dict[str, float]:
     return {"sgd": sgd, "adamw": adamw, "muon": muon}
 
 
-AUTOENCODER, LANGUAGE = digits.Autoencoder(hidden=(256, 128, 64)), characters.LanguageModel()
+AUTOENCODER, LANGUAGE = digits.Autoencoder(), characters.LanguageModel()
+RECTIFIED = digits.Autoencoder(activation=nn.relu)
 PLAIN, NORMALIZED = ConvolutionalNetwork(), ConvolutionalNetwork(normalize=True)
 
 TASKS = {
@@ -149,6 +150,7 @@ TASKS = {
     for task in (
         Task("diabetes", Perceptron(), mean_squared_error, diabetes, 400, 64, rates=_rates(0.1, 0.03, 0.03)),
         Task("autoencoder", AUTOENCODER, mean_squared_error, images, 400, 256, rates=_rates(1, 0.01, 0.03)),
+        Task("autoencoder_relu", RECTIFIED, mean_squared_error, images, 400, 256, rates=_rates(1, 0.01, 0.03)),
         Task("autoencoder_sum", AUTOENCODER, summed_squared_error, images, 400, 256, rates=_rates(0.02, 0.01, 0.03)),
         Task("cnn", PLAIN, cross_entropy, pairs, 250, 128, rates=_rates(0.2, 0.01, 0.06)),
         Task("cnn_batchnorm", NORMALIZED, cross_entropy, pairs, 250, 128, rates=_rates(0.3, 0.01, 0.06)),

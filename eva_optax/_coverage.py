@@ -16,12 +16,13 @@ _ELEMENTWISE = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Instanc
 
 
 class CoverageRow(NamedTuple):
-    """One parameter: its path, shape, whether it is tapped, and if not, why."""
+    """One parameter: its path, shape, whether it is tapped, and if not, why; and whether its layer can be centred."""
 
     path: str
     shape: tuple[int, ...]
     tapped: bool
     reason: str
+    centered: bool
 
     @property
     def size(self) -> int:
@@ -59,6 +60,11 @@ class Coverage:
         """The reason for each parameter that is not tapped, by path."""
         return {row.path: row.reason for row in self.rows if not row.tapped}
 
+    @property
+    def uncentered(self) -> tuple[str, ...]:
+        """The paths of tapped parameters that `center` passes as they are, because their layer has no bias."""
+        return tuple(row.path for row in self.rows if row.tapped and not row.centered)
+
     def __rich__(self) -> "Table":
         from rich.table import Table
 
@@ -67,7 +73,8 @@ class Coverage:
             table.add_column(column, justify="right" if column == "entries" else "left", overflow="fold")
         for row in self.rows:
             shape = "×".join(map(str, row.shape)) or "scalar"
-            table.add_row(row.path, shape, f"{row.size:,}", "yes" if row.tapped else f"no: {row.reason}")
+            answer = "yes" if row.centered else "yes (without bias: not centred)" if row.tapped else f"no: {row.reason}"
+            table.add_row(row.path, shape, f"{row.size:,}", answer)
         return table
 
     def __str__(self) -> str:
@@ -94,12 +101,12 @@ def report(params: Any, reasons: dict[Path, str], classes: dict[Path, type], ele
       elementwise: classes of modules that hold no matrices.
     """
     leaves = leaves_by_path(params)
-    tapped = {path for layer in find_layers(leaves) for path in (layer.kernel, layer.bias)}
+    layers = {path: layer for layer in find_layers(leaves) for path in (layer.kernel, layer.bias)}
 
     def row(path: Path) -> CoverageRow:
-        shape = tuple(leaves[path].shape)
-        reason = "" if path in tapped else _reason(path, shape, reasons, classes, elementwise)
-        return CoverageRow("/".join(path), shape, path in tapped, reason)
+        shape, layer = tuple(leaves[path].shape), layers.get(path)
+        reason = "" if layer else _reason(path, shape, reasons, classes, elementwise)
+        return CoverageRow("/".join(path), shape, layer is not None, reason, bool(layer and layer.bias))
 
     return Coverage(tuple(row(path) for path in leaves if not is_probe(path)))
 

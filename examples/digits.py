@@ -26,10 +26,11 @@ class Classifier(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """The deep autoencoder 64-256-128-64-12-64-128-256-64 with tanh, biases, and a linear code and output."""
+    """The deep autoencoder 64-256-128-64-12-64-128-256-64 with biases, and a linear code and output."""
 
     hidden: Sequence[int] = (256, 128, 64)
     code: int = 12
+    activation: Callable[[Array], Array] = nn.tanh
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -37,10 +38,10 @@ class Autoencoder(nn.Module):
         x = x.reshape(shape[0], -1)
         pixels = x.shape[-1]
         for width in self.hidden:
-            x = nn.tanh(nn.Dense(width)(x))
+            x = self.activation(nn.Dense(width)(x))
         x = nn.Dense(self.code)(x)
         for width in reversed(self.hidden):
-            x = nn.tanh(nn.Dense(width)(x))
+            x = self.activation(nn.Dense(width)(x))
         return nn.Dense(pixels)(x).reshape(shape)
 
 

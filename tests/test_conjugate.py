@@ -115,6 +115,37 @@ def test_momentum_inside_holds_each_gradient_in_the_coordinates_of_its_step():
         np.testing.assert_allclose(rows(updates["layer"]), by_hand, rtol=0, atol=1e-12)
 
 
+def test_momentum_on_a_quadratic_whose_directions_change_is_a_product_of_two_matrices():
+    """L = ½κ‖W‖², whitened along the first input for t steps and along the second for t more, without averaging.
+
+    Row by row R is a number, s or 1, and (W, m) ← (W − η·r·(μm + r·κW), μm + r·κW) is linear: what momentum holds stays
+    as it was when r changes, and is then scaled by the new r. So the answer is M₁ᵗ Mₛᵗ for the first row, and MₛᵗM₁ᵗ
+    for the second.
+    """
+    with jax.enable_x64(True):
+        curvature, rate, momentum, steps = 0.7, 0.3, 0.8, 5
+        s = (1 + 1 / DAMPING) ** -0.5
+
+        def transition(r: float) -> np.ndarray:
+            m = np.array([r * curvature, momentum])
+            return np.array([np.array([1, 0]) - rate * r * m, m])
+
+        power = np.linalg.matrix_power
+        whitened, plain = power(transition(s), steps), power(transition(1.0), steps)
+        start = np.array([[1.0, -2.0], [3.0, 0.5]])
+        wanted = [(plain @ whitened)[0, 0] * start[0], (whitened @ plain)[0, 0] * start[1]]
+
+        tx = eva_optax.conjugate(optax.trace(momentum), DAMPING, decay=0.0)
+        state, update, kernel = None, jax.jit(tx.update), start
+        for step in range(2 * steps):
+            direction = np.eye(2)[:, [int(step >= steps)]]
+            grads = gradients(curvature * kernel, None, direction, np.ones((1, 2)), (1, 1))
+            state = tx.init(grads) if state is None else state
+            updates, state = update(grads, state)
+            kernel = kernel - rate * updates["layer"]["kernel"]
+        np.testing.assert_allclose(kernel, wanted, rtol=0, atol=1e-12)
+
+
 def test_a_large_damping_leaves_the_inner_transformation_alone():
     _, _, a, _ = layer(0)
     grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree(1, a))

@@ -65,12 +65,14 @@ def test_every_untapped_parameter_has_its_reason() -> None:
     assert [row.path for row in report.rows if row.tapped] == ["dense/bias", "dense/kernel", "permuted/kernel"]
     assert (report.tapped, report.total) == (20 + 16, 20 + 16 + 20 + 36 + 8 + 4 + 16 + 4 + 1)
     assert report.share == report.tapped / report.total
+    assert report.uncentered == ("permuted/kernel",)
 
 
 def test_the_report_prints_as_a_table() -> None:
     lines = str(eva_optax.coverage(Mixed(), X)).splitlines()
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
     assert ["dense/kernel", "4×4", "16", "yes"] in cells
+    assert ["permuted/kernel", "4×2×2", "16", "yes (without bias: not centred)"] in cells
     assert ["gain", "4", "4", "no: a vector, not a matrix"] in cells
     assert [heading.strip() for heading in lines[1].split("┃")[1:-1]] == ["parameter", "shape", "entries", "tapped"]
     assert lines[-1].strip() == "36 of 125 parameters tapped (28.8%)"
