@@ -198,6 +198,31 @@ def test_explicit_sharding_equals_one_device(name, params, single):
     assert_close(carry, single)
 
 
+MEMBERS = {
+    "scale_by_eva_f": eva_optax.scale_by_eva_f(step_rule="kl_norm"),
+    "scale_by_eva_s": eva_optax.scale_by_eva_s(),
+    "eva_adamw": eva_optax.eva_adamw(0.1),
+    "center": eva_optax.center(optax.trace(0.9)),
+}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS.keys())
+def test_updates_of_the_family_equal_one_device_and_keep_shardings(member, kind, params):
+    grads = jax.jit(jax.grad(loss))(params, *batch())
+    wanted, wanted_state = jax.jit(member.update)(grads, member.init(params), params)
+    mesh = make_mesh(kind)
+    with jax.set_mesh(mesh):
+        placed, spread = (place(tree, mesh, LAYOUTS["data x fsdp x model"])[0] for tree in (params, grads))
+        state = jax.jit(member.init)(placed)
+        update = jax.jit(member.update)
+        updates, state = update(spread, state, placed)
+        moved = collectives(update.lower(spread, state, placed).compile())
+    assert_close((updates, state), (wanted, wanted_state))
+    assert_shardings_kept(updates, placed)
+    assert max(moved.get("all-gather", [0])) <= LARGEST_VECTOR
+
+
 RULES = (("batch", ("data", "fsdp")), ("embed", "fsdp"), ("mlp", "model"))
 
 
