@@ -370,3 +370,20 @@ def test_works_under_masked_partition_and_injected_hyperparameters(name, stacked
         updates, _ = tx.update(grads, tx.init(params), params)
         for key in part:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9), updates[key], expected[key])
+
+
+def test_options_and_trees_are_checked():
+    for name, build in MEMBERS.items():
+        arguments = {} if name.startswith("scale_by") else {"learning_rate": 0.1}
+        with pytest.raises(ValueError, match="damping must be greater than 0, got -1"):
+            build(damping=-1, **arguments)
+        with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got 1"):
+            build(decay=1, **arguments)
+        if "eva_s" not in name:
+            with pytest.raises(ValueError, match="the parameters hold no probes"):
+                build(**arguments).init({"kernel": jnp.ones((2, 3))})
+    for build in (eva_optax.scale_by_eva_f, eva_optax.scale_by_eva_s):
+        with pytest.raises(ValueError, match=rf"{build.__name__}: step_rule must be one of .*got 'clip'"):
+            build(step_rule="clip")
+        with pytest.raises(ValueError, match=rf"{build.__name__}: state must be a ScaleByEvaState"):
+            build().update({"kernel": jnp.ones((2, 3))}, optax.EmptyState())
