@@ -91,7 +91,7 @@ def scale_by_eva_s(
         del params
         check_state("scale_by_eva_s", state, ScaleByEvaState)
         read = partial(_read, damping=damping, relative=relative, decay=decay)
-        steps = _map_tensors(read, updates, state.vectors, state.figures["norm"], state.figures["cosine"])
+        steps = _map_tensors(read, updates, state.vectors, state.figures["cosine"])
         found = [step for step in jax.tree.leaves(steps, is_leaf=_is_step) if _is_step(step)]
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         nu = shared_factor(step_rule, [step.healthy_products for step in found], kl_clip, rate, state.nu.dtype)
@@ -156,7 +156,6 @@ def _means(gradient: Array) -> Means:
 def _read(
     gradient: Array,
     old: Means,
-    old_norm: Array,
     old_cosine: Array,
     *,
     damping: ArrayLike,
@@ -187,7 +186,7 @@ def _read(
         weight,
         (gg, gg - gv, jnp.maximum(gg - 2 * gv + vv, 0)),
         healthy,
-        jnp.where(healthy, norm, old_norm),
+        norm,
         jnp.where(healthy, safe_divide(along, jnp.sqrt(gg)), old_cosine),
     )
 
