@@ -10,7 +10,7 @@ from eva_optax._contraction import parse_equation
 from eva_optax._pairing import KRONECKER
 from eva_optax._ragged import RaggedDot, tap_ragged
 from eva_optax._register import check_equation
-from eva_optax._tap import Probe, Rule, tap
+from eva_optax._tap import Probe, VectorShapes, tap
 
 RECORDER = "eva_optax_recorder"
 
@@ -18,7 +18,7 @@ RECORDER = "eva_optax_recorder"
 class RecordedCall(NamedTuple):
     """One call of `tap_einsum` or `tap_ragged_dot` in an NNX module that has no probe for it yet."""
 
-    rule: Rule
+    vectors: VectorShapes
     kernel: str
     bias: str | None
     batch: tuple[int, ...]
@@ -169,7 +169,9 @@ def _parameter(module: Any, caller: str, argument: str, name: str) -> tuple[int,
     return tuple(value.shape)
 
 
-def _probe(module: Any, rule: Rule, kernel: str, bias: str | None, batch: tuple[int, ...] = ()) -> Probe | None:
+def _probe(
+    module: Any, vectors: VectorShapes, kernel: str, bias: str | None, batch: tuple[int, ...] = ()
+) -> Probe | None:
     """The probe beside these parameters of a tapped module; None without one."""
     import flax.linen as nn
 
@@ -178,11 +180,11 @@ def _probe(module: Any, rule: Rule, kernel: str, bias: str | None, batch: tuple[
 
         # Set on the scopes of tapped modules, see `Interceptor`.
         tapped = module.scope is not None and KRONECKER in module.scope.flags
-        return layer_probe(module, rule, kernel, bias, batch) if tapped else None
+        return layer_probe(module, vectors, kernel, bias, batch) if tapped else None
     from eva_optax._nnx_layers import read_probe
 
     recorder = vars(module).get(RECORDER)
     if recorder is not None:
-        recorder.calls.append(RecordedCall(rule, kernel, bias, batch))
+        recorder.calls.append(RecordedCall(vectors, kernel, bias, batch))
         return None
     return read_probe(module, kernel, bias)

@@ -29,7 +29,7 @@ from eva_optax._plan import (
     transposed_plan,
 )
 from eva_optax._register import registered_call, split_input
-from eva_optax._tap import Probe, Rule, make_probe, probe_shapes, tap
+from eva_optax._tap import Probe, Rule, VectorShapes, make_probe, probe_shapes, tap
 
 
 def _dense_general(layer: nn.DenseGeneral, kernel_shape: Shape, x_shape: Shape) -> Plan:
@@ -163,7 +163,7 @@ class Interceptor:
 
 
 def layer_probe(
-    module: nn.Module, rule: Rule, kernel: str, bias: str | None, batch: tuple[int, ...] = ()
+    module: nn.Module, rule: VectorShapes, kernel: str, bias: str | None, batch: tuple[int, ...] = ()
 ) -> Probe | None:
     """The probe beside these parameters; made, and not returned, while the model is initialised; None without one.
 

@@ -13,7 +13,8 @@ from eva_optax._custom import RECORDER, Recorder
 from eva_optax._nnx_classes import TappedLayer, layer_class, tapped_class
 from eva_optax._nnx_layers import Kind, new_probe
 from eva_optax._pairing import KRONECKER, Path, is_probe, leaves_by_path, probe_name
-from eva_optax._plan import COMPLEX, EMBEDDING_OFF, REPARAMETRISED, Shape, Tapped
+from eva_optax._plan import COMPLEX, EMBEDDING_OFF, REPARAMETRISED, Shape
+from eva_optax._tap import VectorShapes
 from eva_optax._tapped import TappedModule
 
 # The first came with Flax 0.12.1.
@@ -142,18 +143,18 @@ class Survey:
             if plan.bias_reason:
                 self.reasons[*names, "bias"] = plan.bias_reason
             bias = plan.bias if getattr(layer, plan.bias or "", None) is not None else None
-            probes |= self._probe(layer, plan, bias)
+            probes |= self._probe(layer, plan.rule, plan.kernel, bias)
         if not isinstance(layer, TappedLayer):
             self.swaps.append(Swap(layer, tapped_class(type(layer), base, kind), probes))
 
     def _probe(
-        self, layer: nnx.Module, plan: Tapped, bias: str | None, batch: Shape = ()
+        self, layer: nnx.Module, vectors: VectorShapes, kernel: str, bias: str | None, batch: Shape = ()
     ) -> dict[str, dict[str, nnx.Variable[Any]]]:
         """The layer's probe; layers that share their parameters share the probe, which then sees all their calls."""
-        name = probe_name(plan.kernel, bias)
+        name = probe_name(kernel, bias)
         existing = vars(layer).get(KRONECKER, {})
-        parameters = id(getattr(layer, plan.kernel)), id(getattr(layer, bias or "", None))
-        probe = existing[name] if name in existing else new_probe(layer, plan, bias, batch)
+        parameters = id(getattr(layer, kernel)), id(getattr(layer, bias or "", None))
+        probe = existing[name] if name in existing else new_probe(layer, vectors, kernel, bias, batch)
         first = self._shared.setdefault(parameters, probe)
         same = all(first[leaf].shape == variable.shape for leaf, variable in probe.items())
         return {name: first if same else probe}
@@ -188,8 +189,8 @@ class Survey:
         jax.eval_shape(call, state, arrays)
         for recorder, (_, layer) in zip(recorders, found, strict=True):
             probes = {}
-            for rule, kernel, bias, batch in recorder.calls:
-                probes |= self._probe(layer, Tapped(rule, kernel, bias), bias, batch)
+            for vectors, kernel, bias, batch in recorder.calls:
+                probes |= self._probe(layer, vectors, kernel, bias, batch)
             if probes:
                 self.swaps.append(Swap(layer, type(layer), probes))
 

@@ -26,7 +26,7 @@ from eva_optax._plan import (
     transposed_plan,
 )
 from eva_optax._register import Registration, registered_class
-from eva_optax._tap import Probe, accumulator, probe_shapes, tap
+from eva_optax._tap import Probe, VectorShapes, accumulator, probe_shapes, tap
 
 # A layer's own kernel shape, without the axes that `nnx.vmap` stacks, from the layer and the shape of its kernel.
 OwnShape = Callable[[Any, Shape], Shape]
@@ -99,20 +99,22 @@ def read_probe(layer: Any, kernel: str, bias: str | None) -> Probe | None:
     return None if probe is None else {name: variable[...] for name, variable in probe.items()}
 
 
-def new_probe(layer: Any, plan: Tapped, bias: str | None, batch: Shape = ()) -> dict[str, nnx.Variable[Any]]:
-    """A probe of zeros for the parameters of a plan, stacked as they are.
+def new_probe(
+    layer: Any, vectors: VectorShapes, kernel_name: str, bias: str | None, batch: Shape = ()
+) -> dict[str, nnx.Variable[Any]]:
+    """A probe of zeros for these parameters, stacked as they are.
 
     Its variables have the kernel's type and its partition names: every filter finds the two together. `batch` are the
     leading axes of kernel and bias that are counted each for itself.
     """
-    kernel = getattr(layer, plan.kernel)
+    kernel = getattr(layer, kernel_name)
     counted = kernel if bias is None else getattr(layer, bias)
-    own = plan.rule.kernel_shape
+    own = vectors.kernel_shape
     stacked = stack_axes(own, kernel.shape)
     sizes = [kernel.shape[axis] for axis in stacked]
     counter = (*batch, *(1,) * (counted.ndim - len(stacked) - len(batch)))
     # Kernel and bias are stacked at the same axis, counted from the front.
-    shapes = {name: _insert(shape, stacked, sizes) for name, shape in probe_shapes(plan.rule, counter).items()}
+    shapes = {name: _insert(shape, stacked, sizes) for name, shape in probe_shapes(vectors, counter).items()}
     known = kernel.get_metadata()
     kept = {name: known[name] for name in ("mesh", "sharding_rules", "eager_sharding") if name in known}
 

@@ -13,9 +13,9 @@ from eva_optax._tap import Probe, accumulator, tap
 
 @dataclass(frozen=True)
 class RaggedDot:
-    """The layout of the layer: experts are a batch axis of the kernel (experts, inputs, outputs).
+    """Experts are a batch axis of the kernel (experts, inputs, outputs).
 
-    How its vectors are computed depends on the groups' sizes, see `tap_ragged`.
+    This is no `Rule`: how the vectors are computed depends on the groups' sizes, see `tap_ragged`.
     """
 
     kernel_shape: tuple[int, ...]
@@ -24,12 +24,6 @@ class RaggedDot:
     def probe_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         experts, inputs, outputs = self.kernel_shape
         return (experts, inputs, 1), (experts, 1, outputs)
-
-    def mean_input(self, x: Array) -> Array:
-        raise NotImplementedError("eva_optax: the rows of a ragged product have no mean but that of their group.")
-
-    def sum_cotangent(self, dy: Array) -> Array:
-        raise NotImplementedError("eva_optax: the rows of a ragged product have no sum but that of their group.")
 
 
 def tap_ragged(has_bias: bool, probe: Probe, x: Array, y: Array, group_sizes: Array) -> Array:

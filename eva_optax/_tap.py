@@ -40,8 +40,8 @@ MOST_NOISE = 0.25
 RATIO_TOLERANCE = 2.0**-16
 
 
-class Rule(Protocol):
-    """How one kind of layer computes its two Kronecker vectors; hashable, because it is static under `jit`."""
+class VectorShapes(Protocol):
+    """What a probe looks like beside one kind of kernel."""
 
     @property
     def kernel_shape(self) -> tuple[int, ...]: ...
@@ -50,6 +50,10 @@ class Rule(Protocol):
     def probe_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of a and of b."""
         ...
+
+
+class Rule(VectorShapes, Protocol):
+    """How one kind of layer computes its two Kronecker vectors; hashable, because it is static under `jit`."""
 
     def mean_input(self, x: Array) -> Array:
         """a: the layer's input averaged over batch and positions, at least float32."""
@@ -65,7 +69,7 @@ def accumulator(dtype: DTypeLike) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def probe_shapes(rule: Rule, counter: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def probe_shapes(rule: VectorShapes, counter: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """The shapes of a probe's leaves; `counter` is in the bias's layout, or the kernel's without a bias."""
     a, b = rule.probe_shapes
     return {"a": a, "b": b, "n": counter, "unit": counter}

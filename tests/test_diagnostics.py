@@ -99,6 +99,7 @@ def test_groups_are_averaged_and_broken_layers_keep_their_last_figures():
     np.testing.assert_allclose(found["layer/cosine"], np.mean(parts), rtol=1e-5)
     np.testing.assert_allclose(found["layer/norm_a"], np.linalg.norm(a), rtol=1e-6)
 
+    kernel, bias, a, b = draw(case, 1)
     _, after = update(gradients(kernel, bias, a * np.nan, b, case.counter), state)
     after = eva_optax.diagnostics(after)
     assert after.pop("skipped") == 1

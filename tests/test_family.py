@@ -285,7 +285,7 @@ class Stacked(nn.Module):
         return nn.Dense(2, name="head")(x)
 
 
-STACKED = eva_optax.tap(Stacked())
+STACKED = eva_optax.tap(Stacked(), embeddings=True)
 
 
 @pytest.fixture(scope="module")
