@@ -13,7 +13,7 @@ from eva_optax._figures import note_figures, start_figures
 from eva_optax._layout import Layout
 from eva_optax._options import check_decay, check_layers, check_positive, check_probes
 from eva_optax._pairing import Path, TappedLayer, is_probe, leaves_by_path, replace_leaves
-from eva_optax._rank_one import Damping, Step
+from eva_optax._rank_one import Damping, Step, computed_once
 from eva_optax._running import Settled, check_state, settle, start_averages, take_in
 from eva_optax._step_rule import Products, StepRule, check_step_rule, layer_factor, shared_factor
 
@@ -129,7 +129,7 @@ def _read(
     """Averages the layer's vectors and takes its sums: the first of the two reads of its gradient."""
     layout = layer.layout
     average = take_in(layer, leaves, averages, vectors, decay)
-    running = {name: layout.view(average.vectors[name]) for name in vectors}
+    running = computed_once({name: layout.view(average.vectors[name]) for name in vectors})
     kernel, bias = layer.gradient(leaves)
     step, squares = rule(layout, kernel, bias, running, damping)
 

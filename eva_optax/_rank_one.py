@@ -10,8 +10,9 @@ the update; P is never needed for the step-size factor, because ⟨P, G⟩ and �
 Arguments are in the layer's view (see `Layout`), sums keep its batch axes: one number for each independent layer.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -46,7 +47,8 @@ class Step(NamedTuple):
 
     def apply(self, kernel: Array, bias: Array | None, a: Array) -> tuple[Array, Array | None]:
         """P for kernel and bias, laid out as they are."""
-        return self.factor * (kernel - a * self.row), None if bias is None else self.factor * (bias - self.row)
+        factor, row, a = computed_once((self.factor, self.row, a))
+        return factor * (kernel - a * row), None if bias is None else factor * (bias - row)
 
 
 class Damping(NamedTuple):
@@ -76,9 +78,10 @@ def eva_step(
     """Eva's step, and ‖a‖² and ‖b‖²; `kernel` and `vectors` in the view, `bias` laid out as b."""
     outputs, inputs = layout.sum_axes
     a, b = vectors["a"], vectors["b"]
-    # Side by side over the same axes first: one pass over the kernel's gradient gives both.
-    gv = jnp.sum(a * jnp.sum(kernel * b, outputs, keepdims=True), inputs, keepdims=True)
-    gg = jnp.sum(jnp.sum(kernel * kernel, outputs, keepdims=True), inputs, keepdims=True)
+    # Side by side over the same axes first: one pass over the kernel's gradient gives both. Input axes come first in a
+    # kernel: summing over the last ones makes a TPU's compiler transpose parameters and momentum.
+    gv = jnp.sum(b * jnp.sum(kernel * a, inputs, keepdims=True), outputs, keepdims=True)
+    gg = jnp.sum(jnp.sum(kernel * kernel, inputs, keepdims=True), outputs, keepdims=True)
     aa = jnp.sum(a * a, inputs, keepdims=True)
     bb = jnp.sum(b * b, outputs, keepdims=True)
     squares = {"a": aa, "b": bb}
@@ -110,6 +113,11 @@ def eva_f_step(
     square = jnp.sum(along * along, outputs, keepdims=True)
     share = cosine(square, gg * aa, square)
     return Step(factor, inverse * along, gg, inverse * square, inverse**2 * aa * square, share), squares
+
+
+def computed_once(vectors: Any) -> Any:
+    """`vectors`, which XLA's CPU backend would otherwise compute again for every entry of the kernel that they meet."""
+    return jax.lax.platform_dependent(vectors, cpu=jax.lax.optimization_barrier, default=lambda same: same)
 
 
 def cosine(xy: Array, xx: Array, yy: Array) -> Array:
