@@ -70,10 +70,15 @@ class Layout(NamedTuple):
 
     @property
     def sum_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The output axes and the input axes of the view; what is left are batch axes."""
+        """The output axes and the input axes of the view; what is left are batch axes.
+
+        An axis that is 1 in both counts as input if an output axis follows, so that the window of a 1×1 convolution
+        does: XLA's CPU backend is a hundred times slower at sums over an inner axis alone.
+        """
         a, b = self._view_shape(self.a), self._view_shape(self.b)
-        outputs = tuple(axis for axis, (i, o) in enumerate(zip(a, b, strict=True)) if i == 1)
-        inputs = tuple(axis for axis, (i, o) in enumerate(zip(a, b, strict=True)) if o == 1 and i > 1)
+        last = max((axis for axis, (i, o) in enumerate(zip(a, b, strict=True)) if i == 1 < o), default=-1)
+        inputs = tuple(axis for axis, (i, o) in enumerate(zip(a, b, strict=True)) if o == 1 and (i > 1 or axis < last))
+        outputs = tuple(axis for axis, i in enumerate(a) if i == 1 and axis not in inputs)
         return outputs, inputs
 
     @property
