@@ -182,6 +182,7 @@ class Extended(NamedTuple):
     vectors: Any
     skipped: Any
     nu: Any
+    figures: Any
     added: Any
 
 
@@ -205,7 +206,7 @@ def test_a_state_without_an_added_field_is_refused_and_can_be_completed(trained,
 def test_states_of_other_formats_are_refused_with_advice(form, trained):
     params, eva = trained.params, trained.opt_state[0]
     state, held = {
-        "restored without a template": (eva._asdict(), r"dict with \('count', 'vectors', 'skipped', 'nu'\)"),
+        "restored without a template": (eva._asdict(), r"dict with \('count', 'vectors', 'skipped', 'nu', 'figures'\)"),
         "of other fields": (extended(trained), r"Extended with \('count', .*'added'\)"),
         "of another optimizer": (trained.opt_state[1], r"got a tuple"),
     }[form]
