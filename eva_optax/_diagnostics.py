@@ -39,8 +39,8 @@ def diagnostics(state: Any) -> dict[str, Array]:
     "<kernel>/norm"     ‖V‖ (`scale_by_eva_s`)
     ==================  ================================================================================================
 
-    All of it comes from sums that the update takes anyway; calling this costs nothing. A scanned layer has one entry
-    for each of its layers, "<layer>[2]/cosine"; groups of a convolution are averaged.
+    The state holds all of it, from sums over reads of the gradient that the update makes anyway. A scanned layer has
+    one entry for each of its layers, "<layer>[2]/cosine"; groups of a convolution are averaged.
 
     Args:
       state: an optimizer's state with a `ScaleByEvaState` or `ConjugateState` anywhere in it. Where there are several,
