@@ -123,6 +123,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options.size = options.size or DEFAULT_SIZE[options.target]
     if options.repetitions < 1:
         parser.error(f"--repetitions must be at least 1, got {options.repetitions}")
+    if options.baselines and options.target != "cpu":
+        parser.error(f"--baselines run on a CPU only, got --target {options.target}")
     return options
 
 
@@ -154,7 +156,7 @@ def chosen_plans(options: argparse.Namespace) -> list[Plan]:
     ):
         unknown = [name for name in given or () if name not in known]
         if unknown:
-            raise SystemExit(f"benchmarks.cost: no {what} {unknown[0]!r}; there are {', '.join(known)}")
+            raise SystemExit(f"cost.py: no {what} {unknown[0]!r}; there are {', '.join(known)}")
     default, chosen = DEFAULT_PLANS[options.target], []
     for device in options.devices or dict.fromkeys(plan.device for plan in default):
         here = [plan for plan in default if plan.device == device]
@@ -253,11 +255,18 @@ def make_step(device: str, case: str, layout: str, optimizer: str, target: str, 
 
 
 def devices_of(device: str, target: str) -> list[Any]:
-    """The chips of a TPU topology in its order, or the devices of this machine."""
+    """The chips of a TPU topology in its order, or the devices of this machine.
+
+    Raises:
+      SystemExit: if JAX sees no GPU and the target is one.
+    """
     import jax
 
     if target != "tpu":
-        return list(jax.devices())
+        try:
+            return list(jax.devices(target))
+        except RuntimeError as error:
+            raise SystemExit(f"cost.py: --target {target} needs a GPU and a JAX that sees it ({error})") from error
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=device)
@@ -269,9 +278,9 @@ def software_version(target: str) -> str:
     from importlib.metadata import version
 
     found = f"jax {version('jax')}"
-    if target != "tpu":
-        return found
-    return f"{found}, libtpu {version('libtpu')}"
+    if target == "tpu":
+        return f"{found}, libtpu {version('libtpu')}"
+    return f"{found}, {devices_of('', 'gpu')[0].device_kind}" if target == "gpu" else found
 
 
 def read_rows(path: Path) -> dict[Key, dict[str, Any]]:

@@ -64,7 +64,7 @@ BARS = (
 def write_report(results: Path) -> None:
     """Writes the tables into docs/cost.md, draws docs/cost.png, and prints the tables."""
     rows = {target: read(results / f"cost_{target}.csv") for target in TARGETS}
-    parts = [f"### {TARGETS[name]}\n\n" + "\n\n".join(tables(name, rows[name])) for name in rows if rows[name]]
+    parts = ["\n\n".join((f"### {TARGETS[name]}", *tables(name, rows[name]))) for name in rows if rows[name]]
     text = "\n\n".join(([bars(rows["tpu"])] if rows["tpu"] else []) + parts)
     page = DOCS / "cost.md"
     before, _, rest = page.read_text().partition(BEGIN)
@@ -94,7 +94,8 @@ def ratio(group: dict[str, Row], optimizer: str, figure: str) -> float | None:
 
 
 def tables(target: str, rows: Rows) -> Iterator[str]:
-    """One Markdown table for each figure: SGD's value, and the other optimizers' as ratios to it."""
+    """What it was measured with, and a Markdown table for each figure: SGD's value, others' ratios to it."""
+    yield "With " + "; ".join(sorted({row["version"] for group in rows.values() for row in group.values()})) + "."
     optimizers = list(dict.fromkeys(name for group in rows.values() for name in group if name != BASE))
     for title, figure, unit, scale in TABLES[target]:
         lines = []

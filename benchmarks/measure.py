@@ -1,5 +1,6 @@
 """The figures of one compiled step, and the time that steps take when they run in turn."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,8 +10,6 @@ from typing import Any, TypeVar
 import jax
 from hlo import Program
 from steps import Step
-
-Key = TypeVar("Key")
 
 Key = TypeVar("Key")
 
@@ -77,14 +76,16 @@ def compile_step(step: Step, options: Mapping[str, str] | None = None) -> tuple[
 def time_in_turn(
     steps: Mapping[Key, tuple[Any, Step]], repetitions: int, tick: Callable[[], None] = lambda: None
 ) -> dict[Key, Times]:
-    """Runs compiled steps in turn, so that what slows the machine slows all of them; the first is the measure."""
+    """Runs compiled steps in turn, so that what slows the machine slows all of them; the first is the measure.
+
+    Each round has an order of its own: what one step leaves in caches and memory must not always meet the same other.
+    """
     state: dict[Key, tuple[Any, ...]] = {}
     spent: dict[Key, list[float]] = {name: [] for name in steps}
     for name, (_, step) in steps.items():
         state[name] = step.make()
-    order = list(steps)
     for repetition in range(repetitions + 2):  # two to warm up
-        for name in order[repetition % len(order) :] + order[: repetition % len(order)]:
+        for name in random.Random(repetition).sample(list(steps), len(steps)):
             compiled, step = steps[name]
             start = time.perf_counter()
             outputs = jax.block_until_ready(compiled(*state[name]))
@@ -93,7 +94,7 @@ def time_in_turn(
             if repetition >= 2:
                 spent[name].append(1000 * seconds)
         tick()
-    base = spent[order[0]]
+    base = next(iter(spent.values()))
     found = {}
     for name, times in spent.items():
         low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3

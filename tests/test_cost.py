@@ -168,6 +168,19 @@ def test_unknown_names_are_refused(option, message):
         cost.chosen_plans(cost.parse_arguments([option, "nothing"]))
 
 
+def test_a_gpu_is_asked_for_where_there_is_none():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match="--target gpu needs a GPU"):
+        cost.devices_of("1 device", "gpu")
+
+
+def test_baselines_run_on_a_cpu_only(capsys):
+    with pytest.raises(SystemExit):
+        cost.parse_arguments(["--target", "tpu", "--baselines"])
+    assert "--baselines run on a CPU only, got --target tpu" in capsys.readouterr().err
+
+
 def test_options_narrow_and_widen_what_is_planned():
     options = cost.parse_arguments(
         ["--target", "tpu", "--devices", "v5p:4x4x4", "--cases", "vit", "update", "--optimizers", "eva"]
