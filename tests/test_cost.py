@@ -22,6 +22,7 @@ from steps import OPTIMIZERS, training_step, update_alone
 
 import eva_optax
 from eva_optax._contraction import Contraction
+from eva_optax._convolution import Convolution
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -57,6 +58,14 @@ def test_a_is_computed_once_for_each_layer_also_under_remat(scan, monkeypatch):
     text = training_step(case, OPTIMIZERS["eva+sgd"]).lower().as_text()
     layers = 6
     assert text.count("chlo.lgamma") == (layers if scan else 2 * layers)
+
+
+@pytest.mark.parametrize(("window", "stride", "padding"), [(16, 16, "VALID"), (3, 2, "SAME"), (7, 2, ((3, 3), (3, 3)))])
+def test_the_mean_patch_of_a_strided_window_takes_about_one_pass(window, stride, padding):
+    x = jax.ShapeDtypeStruct((2, 64, 64, 3), "float32")
+    layer = Convolution((window, window, 3, 4), (stride, stride), padding, (1, 1), (1, 1), 1)
+    flops = jax.jit(layer.mean_input).lower(x).compile().cost_analysis()["flops"]
+    assert flops <= 1.6 * x.size  # a sum for each offset by itself takes 9 to 60
 
 
 def test_the_forward_pass_is_that_of_the_untapped_model():
