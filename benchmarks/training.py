@@ -1,6 +1,7 @@
 """One training run of the convergence benchmark, and the time of a step."""
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -115,15 +116,19 @@ def train(
 
 
 def time_steps(task: Task, optimizers: Sequence[Optimizer], rounds: int = 30) -> dict[str, float]:
-    """The median seconds of a step of each optimizer. They take turns, so that what else the machine does slows all."""
+    """The median seconds of a step of each optimizer. They take turns, so that what else the machine does slows all.
+
+    Each round has an order of its own: what one step leaves in caches and memory must not always meet the same other.
+    """
     data = task.load().train
     batch = data.inputs[: task.batch_size], data.targets[: task.batch_size]
+    arguments = jnp.float32(1e-4), jnp.float32(100), *batch
     steps = {o.name: train_step(task.model, task.loss, o) for o in optimizers}
     carries = {o.name: start(task, o, seed=0) for o in optimizers}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
+    for turn in range(rounds + 1):
+        for name in random.Random(turn).sample(list(steps), len(steps)):
             begin = time.perf_counter()
-            carries[name] = jax.block_until_ready(step(carries[name], jnp.float32(1e-4), jnp.float32(100), *batch))
+            carries[name] = jax.block_until_ready(steps[name](carries[name], *arguments))
             seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first may compile
