@@ -170,8 +170,9 @@ def _in_coordinates(
         new = {path: jnp.zeros_like(leaf) for path, leaf in leaves.items() if is_probe(path)}
         for layer in layers:
             average = take_in(layer, leaves, averages, ("a",), decay)
-            settled = settle(layer, average, jnp.ones_like(average.used))
-            means[layer.name] = layer.layout.view(average.vectors["a"])
+            finite = layer.layout.per_layer(jnp.all, jnp.isfinite(average.vectors["a"]))
+            settled = settle(layer, average, finite, jnp.ones_like(finite))
+            means[layer.name] = layer.layout.view(settled.averages[layer.probe["a"]])
             kernel, bias = layer.gradient(leaves)
             new |= layer.place(*forward(layer, means[layer.name], kernel, bias), leaves)
             averages |= settled.averages

@@ -13,7 +13,7 @@ from eva_optax._figures import note_figures, start_figures
 from eva_optax._layout import Layout
 from eva_optax._options import check_decay, check_layers, check_positive, check_probes
 from eva_optax._pairing import Path, TappedLayer, is_probe, leaves_by_path, replace_leaves
-from eva_optax._rank_one import Damping, Step, computed_once
+from eva_optax._rank_one import Damping, Step
 from eva_optax._running import Settled, check_state, settle, start_averages, take_in
 from eva_optax._step_rule import Products, StepRule, check_step_rule, layer_factor, shared_factor
 
@@ -129,12 +129,15 @@ def _read(
     """Averages the layer's vectors and takes its sums: the first of the two reads of its gradient."""
     layout = layer.layout
     average = take_in(layer, leaves, averages, vectors, decay)
-    running = computed_once({name: layout.view(average.vectors[name]) for name in vectors})
+    running = {name: layout.view(average.vectors[name]) for name in vectors}
     kernel, bias = layer.gradient(leaves)
     step, squares = rule(layout, kernel, bias, running, damping)
 
-    # Whether the gradient is finite comes out of the sums, so that it costs no read of its own.
-    settled = settle(layer, average, layout.view_per_layer(jnp.all, jnp.isfinite(step.gg)))
+    # What is finite comes out of the sums, so that it costs no pass of its own.
+    finite_vectors, finite_gradient = (
+        layout.view_per_layer(jnp.all, jnp.isfinite(total)) for total in (sum(squares.values()), step.gg)
+    )
+    settled = settle(layer, average, finite_vectors, finite_gradient)
     figures = {f"norm_{name}": jnp.sqrt(layout.view_per_layer(jnp.sum, square)) for name, square in squares.items()}
     figures["cosine"] = layout.view_per_layer(jnp.mean, step.cosine)
     return _LayerStep(layer, kernel, bias, running["a"], step, settled, figures)
@@ -147,4 +150,5 @@ def _write(layer_step: _LayerStep, nu: Array, step_rule: StepRule, leaves: dict[
     usable = layer_step.healthy & known
     factor = step.factor * rescaling * nu.astype(step.factor.dtype)
     step = step._replace(factor=jnp.where(usable, factor, 1), row=jnp.where(usable, step.row, 0))
-    return layer_step.layer.place(*step.apply(layer_step.kernel, layer_step.bias, layer_step.a), leaves)
+    a = jnp.where(usable, layer_step.a, 0)  # an a that is not finite is none even times 0
+    return layer_step.layer.place(*step.apply(layer_step.kernel, layer_step.bias, a), leaves)

@@ -10,14 +10,17 @@ the update; P is never needed for the step-size factor, because ⟨P, G⟩ and �
 Arguments are in the layer's view (see `Layout`), sums keep its batch axes: one number for each independent layer.
 """
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from eva_optax._fusion import keep_apart, materialize, on_gpu
 from eva_optax._layout import Layout
+
+Axes = tuple[int, ...]
 
 
 class Step(NamedTuple):
@@ -47,7 +50,7 @@ class Step(NamedTuple):
 
     def apply(self, kernel: Array, bias: Array | None, a: Array) -> tuple[Array, Array | None]:
         """P for kernel and bias, laid out as they are."""
-        factor, row, a = computed_once((self.factor, self.row, a))
+        factor, row, a = materialize((self.factor, self.row, a))
         return factor * (kernel - a * row), None if bias is None else factor * (bias - row)
 
 
@@ -78,10 +81,15 @@ def eva_step(
     """Eva's step, and ‖a‖² and ‖b‖²; `kernel` and `vectors` in the view, `bias` laid out as b."""
     outputs, inputs = layout.sum_axes
     a, b = vectors["a"], vectors["b"]
-    # Side by side over the same axes first: one pass over the kernel's gradient gives both. Input axes come first in a
-    # kernel: summing over the last ones makes a TPU's compiler transpose parameters and momentum.
-    gv = jnp.sum(b * jnp.sum(kernel * a, inputs, keepdims=True), outputs, keepdims=True)
-    gg = jnp.sum(jnp.sum(kernel * kernel, inputs, keepdims=True), outputs, keepdims=True)
+
+    def sums(first: Axes, then: Axes, of_first: Array, of_then: Array) -> tuple[Array, Array]:
+        # Side by side over the same axes: one pass over the kernel's gradient gives both.
+        gv, gg = keep_apart([jnp.sum(factor * kernel, first, keepdims=True) for factor in (of_first, kernel)])
+        return jnp.sum(of_then * gv, then, keepdims=True), jnp.sum(gg, then, keepdims=True)
+
+    # Input axes, which come first in a kernel, are summed first: the other way round a TPU's compiler transposes
+    # parameters and momentum. A GPU is faster over the last axes.
+    gv, gg = on_gpu(partial(sums, outputs, inputs, b, a), partial(sums, inputs, outputs, a, b))
     aa = jnp.sum(a * a, inputs, keepdims=True)
     bb = jnp.sum(b * b, outputs, keepdims=True)
     squares = {"a": aa, "b": bb}
@@ -101,23 +109,18 @@ def eva_f_step(
     """Eva-f's step, and ‖a‖²; arguments as for `eva_step`."""
     outputs, inputs = layout.sum_axes
     a = vectors["a"]
-    along = jnp.sum(a * kernel, inputs, keepdims=True)
-    gg = jnp.sum(jnp.sum(kernel * kernel, inputs, keepdims=True), outputs, keepdims=True)
+    ag, gg = keep_apart([jnp.sum(factor * kernel, inputs, keepdims=True) for factor in (a, kernel)])
+    gg = jnp.sum(gg, outputs, keepdims=True)
     aa = jnp.sum(a * a, inputs, keepdims=True)
     squares = {"a": aa}
     if bias is not None:
-        along += bias
+        ag += bias
         gg += jnp.sum(bias * bias, outputs, keepdims=True)
         aa += 1
     factor, inverse = damping.invert(aa)
-    square = jnp.sum(along * along, outputs, keepdims=True)
+    square = jnp.sum(ag * ag, outputs, keepdims=True)
     share = cosine(square, gg * aa, square)
-    return Step(factor, inverse * along, gg, inverse * square, inverse**2 * aa * square, share), squares
-
-
-def computed_once(vectors: Any) -> Any:
-    """`vectors`, which XLA's CPU backend would otherwise compute again for every entry of the kernel that they meet."""
-    return jax.lax.platform_dependent(vectors, cpu=jax.lax.optimization_barrier, default=lambda same: same)
+    return Step(factor, inverse * ag, gg, inverse * square, inverse**2 * aa * square, share), squares
 
 
 def cosine(xy: Array, xx: Array, yy: Array) -> Array:

@@ -14,6 +14,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from eva_optax._fusion import materialize
 from eva_optax._pairing import Path, TappedLayer, is_probe, path_names, true_vectors
 
 
@@ -51,16 +52,15 @@ class Average(NamedTuple):
     """One layer's running vectors with this step's taken in, before its gradient has been looked at.
 
     Attributes:
-      vectors: the averages that this step works with, by name, in the kernel's rank; always finite.
+      vectors: the averages by name, in the kernel's rank; without meaning where the layer was not used, or its vectors
+        are not finite.
       old: the averages before this step, and "n".
       used: whether the layer was used, in the counter's shape.
-      finite: whether this step's vectors are finite, likewise.
     """
 
     vectors: dict[str, Array]
     old: dict[str, Array]
     used: Array
-    finite: Array
 
 
 def take_in(
@@ -87,17 +87,14 @@ def take_in(
                 "from the parameters that are trained."
             )
     found, used = true_vectors(layer, leaves.__getitem__)
-    new = {name: getattr(found, name) for name in vectors}
-    finite = jnp.ones_like(used)
-    for vector in new.values():
-        finite &= layout.per_layer(jnp.all, jnp.isfinite(vector))
-    take, first = layout.spread_counter(used & finite), layout.spread_counter(old["n"] == 0)
+    first = layout.spread_counter(old["n"] == 0)
 
     def running(name: str) -> Array:
-        weight = jnp.asarray(decay, new[name].dtype)
-        return jnp.where(take, jnp.where(first, new[name], weight * old[name] + (1 - weight) * new[name]), old[name])
+        new = getattr(found, name)
+        weight = jnp.asarray(decay, new.dtype)
+        return jnp.where(first, new, weight * old[name] + (1 - weight) * new)
 
-    return Average({name: running(name) for name in vectors}, old, used, finite)
+    return Average(materialize({name: running(name) for name in vectors}), old, used)
 
 
 class Settled(NamedTuple):
@@ -114,10 +111,10 @@ class Settled(NamedTuple):
     averages: dict[Path, Array]
 
 
-def settle(layer: TappedLayer, average: Average, finite_gradient: Array) -> Settled:
-    """Ends the layer's step, once it is known whether its gradient is finite."""
-    healthy = average.used & average.finite & finite_gradient
-    broken = jnp.sum(average.used & ~average.finite & finite_gradient, dtype=jnp.int32)
+def settle(layer: TappedLayer, average: Average, finite_vectors: Array, finite_gradient: Array) -> Settled:
+    """Ends the layer's step, once it is known what of it is finite (in the counter's shape)."""
+    healthy = average.used & finite_vectors & finite_gradient
+    broken = jnp.sum(average.used & ~finite_vectors & finite_gradient, dtype=jnp.int32)
     keep = layer.layout.spread_counter(healthy)
     state = {layer.probe["n"]: jnp.where(healthy, 1, average.old["n"])}
     for name, vector in average.vectors.items():

@@ -10,6 +10,7 @@ Next to every tapped kernel sits a *probe*, a small dict of zeros among the para
 The values of a probe are never used: only its gradient is. Nothing in this file knows Flax.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+
+from eva_optax._fusion import keep_apart, on_gpu
 
 Probe = dict[str, Any]
 PROBE_LEAVES = ("a", "b", "n", "unit")
@@ -134,13 +137,13 @@ def _tap_forward(rule: Rule, has_bias: bool, probe: Probe, x: Array, y: Array) -
     a = rule.mean_input(x)
     # With a bias the homogeneous input (a, 1) is never noise.
     if not has_bias and jnp.issubdtype(x.dtype, jnp.floating):
-        a = _drop_noise(a, x, averaged=True)
+        a = _drop_noise(a, x, lambda terms: jnp.sum(terms, tuple(range(x.ndim - 1))), averaged=True)
     return y, (a, probe)
 
 
 def _tap_backward(rule: Rule, has_bias: bool, residuals: tuple[Array, Probe], dy: Array) -> tuple[Probe, None, Array]:
     a, probe = residuals
-    b = _drop_noise(rule.sum_cotangent(dy), dy, averaged=False)
+    b = _drop_noise(rule.sum_cotangent(dy), dy, rule.sum_cotangent, averaged=False)
     # A 1 that depends on the data: under `vmap` it is batched, and so summed, whenever a or b is; inside `shard_map`
     # it varies over every axis that a or b varies over. XLA folds it.
     one = (jnp.any(jnp.isnan(a)) | jnp.any(jnp.isnan(b)) | True).astype(a.dtype)
@@ -164,16 +167,24 @@ def is_probe_gradient(per_unit: Array) -> Array:
     return known[0] | known[1]
 
 
-def _drop_noise(vector: Array, terms: Array, *, averaged: bool) -> Array:
+def _drop_noise(vector: Array, terms: Array, sum_some: Callable[[Array], Array], *, averaged: bool) -> Array:
     """`vector`, or zeros if its norm is no larger than the rounding error of the sum that it came from.
 
     BatchNorm makes the cotangents before it, and the activations after it, cancel exactly in exact arithmetic. What
     floating point leaves has a random direction, and scale-free preconditioning would give it full weight.
+    On a GPU the terms' squares are summed by `sum_some` first, in the pass that makes the vector.
     """
+
+    def squares(terms: Array) -> Array:
+        return jnp.square(terms.astype(vector.dtype))
+
     count = max(terms.size / vector.size, 1.0)
     roundings = (TERM_ROUNDINGS + SHARED_ROUNDINGS * count**0.5) * float(jnp.finfo(terms.dtype).eps)
     roundings = min(roundings + ACCUMULATOR_ROUNDINGS * count * float(jnp.finfo(vector.dtype).eps), MOST_NOISE)
     if averaged:
         roundings /= count
-    noise = roundings**2 * jnp.sum(jnp.square(terms.astype(vector.dtype)))
+    total = on_gpu(
+        lambda terms: jnp.sum(keep_apart(sum_some(squares(terms)))), lambda terms: jnp.sum(squares(terms)), terms
+    )
+    noise = roundings**2 * total
     return jnp.where(jnp.sum(jnp.square(vector)) <= noise, jnp.zeros_like(vector), vector)
