@@ -1,6 +1,7 @@
-"""What a step costs with Eva: time on a CPU or GPU, and what a TPU's compiler says about memory and network.
+"""What a step costs with Eva: time on a CPU or GPU, and what compilers for TPUs and GPUs say about memory and network.
 
     python benchmarks/cost.py --target tpu      # needs libtpu and no TPU: pip install libtpu
+    python benchmarks/cost.py --target h100     # needs CUDA's libraries and no GPU: pip install "jax[cuda12]"
     python benchmarks/cost.py --target cpu
     python benchmarks/cost.py --target gpu      # where a GPU is
     python benchmarks/cost.py --target cpu --baselines      # also K-FAC and Shampoo, which need older versions of JAX
@@ -24,11 +25,12 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 KEYS = ["device", "case", "layout", "prefetch", "optimizer"]
 TPUS = ("v5e:2x2", "v5e:16x16", "v5p:2x2x1", "v6e:2x2")
+COMPILED = ("tpu", "h100")  # targets whose programs are compiled and never run
 # Leaves a TPU's compiler no on-chip memory to prefetch into, so that the traffic is the program's own.
 NO_PREFETCH = {"xla_tpu_scoped_vmem_limit_kib": "120000"}
 BASE = "sgd"
 Key = tuple[str, ...]  # the values of KEYS in one row
-DEFAULT_SIZE = {"tpu": "full", "cpu": "small", "gpu": "full"}
+DEFAULT_SIZE = {"tpu": "full", "h100": "full", "cpu": "small", "gpu": "full"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ DEFAULT_PLANS = {
         Plan("v5e:2x2", "update-stacked", ("single",), ALL, ("no",)),
         Plan("v5e:2x2", "mlp", ("single", "data"), ALL, ("no",)),
         Plan("v5e:2x2", "mlp", ("single", "data"), FEW, ("yes",)),
-        Plan("v5e:2x2", "mlp", ("fsdp", "tensor"), FEW, ("no",)),
+        Plan("v5e:2x2", "mlp", ("fsdp", "tensor"), FEW, ("no", "yes")),
         Plan("v5e:2x2", "bottlenecks", ("data",), ALL, ("no",)),
         Plan("v5e:2x2", "gpt-1", ("single", *PARALLEL), FEW, ("no",)),
         Plan("v5e:2x2", "gpt-12-scan", ("data",), FEW, ("no",)),
@@ -69,7 +71,13 @@ DEFAULT_PLANS = {
         Plan("v5p:2x2x1", "mlp", PARALLEL, FEW, ("no",)),
         Plan("v6e:2x2", "mlp", PARALLEL, FEW, ("no",)),
         Plan("v6e:2x2", "bottlenecks", ("data",), FEW, ("no",)),
-        Plan("v5e:2x2", "gpt-12", ("single",), FEW, ("no",)),
+        Plan("v5e:2x2", "gpt-12", ("single", "data"), FEW, ("no",)),
+    ),
+    "h100": (
+        *(Plan("1 GPU", case, ("single",), ALL) for case in ("update", "update-stacked", "mlp", "bottlenecks")),
+        *(Plan("1 GPU", case, ("single",), FEW) for case in ("gpt-12", "gpt-12-scan", "vit", "resnet50")),
+        Plan("8 GPUs", "mlp", PARALLEL, FEW),
+        Plan("8 GPUs", "bottlenecks", ("data",), FEW),
     ),
     "cpu": (
         *(Plan("1 device", case, ("single",), ALL) for case in MODELS),
@@ -109,7 +117,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--target", choices=sorted(DEFAULT_PLANS), default="cpu")
     parser.add_argument("--size", choices=("full", "small", "tiny"), help="of the models; full, on a CPU small")
-    parser.add_argument("--devices", nargs="*", help=f"of the target; for a TPU topologies such as {', '.join(TPUS)}")
+    parser.add_argument("--devices", nargs="*", help=f"of the target; TPUs: {', '.join(TPUS)}; GPUs: 1 GPU, 8 GPUs")
     parser.add_argument("--cases", nargs="*", help="models, or update and update-stacked")
     parser.add_argument("--layouts", nargs="*", choices=("single", *PARALLEL))
     parser.add_argument("--optimizers", nargs="*", help=f"{BASE} is the measure and always runs")
@@ -133,6 +141,11 @@ def prepare_environment(target: str, devices: list[str] | None) -> None:
     if target == "tpu":
         wanted = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
         os.environ.update(wanted, JAX_PLATFORMS="cpu")
+    elif target == "h100":
+        # No autotuning, which would need the GPU: every matrix product is one of cuBLAS.
+        flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        os.environ.update(CUDA_VISIBLE_DEVICES="-1", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", JAX_PLATFORMS="")
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     elif target == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
         count = int(devices[0].split()[0]) if devices else 1
@@ -229,7 +242,7 @@ def measure_baselines(path: Path, options: argparse.Namespace) -> None:
 
 def is_timed(key: Key, target: str) -> bool:
     """Whether the step of this row runs, on one device of this machine."""
-    return target != "tpu" and key[2] == "single"
+    return target not in COMPILED and key[2] == "single"
 
 
 def make_step(device: str, case: str, layout: str, optimizer: str, target: str, size: str) -> Any:
@@ -240,7 +253,7 @@ def make_step(device: str, case: str, layout: str, optimizer: str, target: str, 
     from steps import OPTIMIZERS, training_step, update_alone
 
     mesh, rows = None, 1
-    if target == "tpu" or layout != "single":
+    if target in COMPILED or layout != "single":
         chips = np.array(devices_of(device, target))
         if layout == "single":
             chips = chips[:1]
@@ -255,20 +268,27 @@ def make_step(device: str, case: str, layout: str, optimizer: str, target: str, 
 
 
 def devices_of(device: str, target: str) -> list[Any]:
-    """The chips of a TPU topology in its order, or the devices of this machine.
+    """The chips of a topology in its order, or the devices of this machine.
 
     Raises:
       SystemExit: if JAX sees no GPU and the target is one.
     """
     import jax
 
-    if target != "tpu":
+    if target not in COMPILED:
         try:
             return list(jax.devices(target))
         except RuntimeError as error:
             raise SystemExit(f"cost.py: --target {target} needs a GPU and a JAX that sees it ({error})") from error
     from jax.experimental import topologies
 
+    if target == "h100":
+        count, _, unit = device.partition(" ")
+        if not count.isdigit() or unit not in ("GPU", "GPUs"):
+            raise SystemExit(f"cost.py: --devices for an H100 are such as '1 GPU' and '8 GPUs', got {device!r}")
+        described = Path(__file__).with_name("h100.txtpb").read_text()
+        shape = f"1x1x{count}"  # slices, hosts, GPUs of one host
+        return list(topologies.get_topology_desc("", "cuda", target_config=described, topology=shape).devices)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=device)
     return list(topologies.make_mesh(topology, (len(topology.devices),), ("data",)).devices.flat)
 
@@ -280,6 +300,8 @@ def software_version(target: str) -> str:
     found = f"jax {version('jax')}"
     if target == "tpu":
         return f"{found}, libtpu {version('libtpu')}"
+    if target == "h100":
+        return f"{found}, CUDA 12.9"
     return f"{found}, {devices_of('', 'gpu')[0].device_kind}" if target == "gpu" else found
 
 

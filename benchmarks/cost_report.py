@@ -14,6 +14,7 @@ BASE = "sgd"
 GROUP = ("device", "case", "layout", "prefetch")
 TARGETS = {
     "tpu": "On the TPU compiler",
+    "h100": "On the compiler for an H100",
     "cpu": "On a CPU",
     "gpu": "On a GPU",
 }
@@ -36,6 +37,7 @@ TABLES = {
     ),
 }
 TABLES["gpu"] = TABLES["cpu"][:4]
+TABLES["h100"] = (TABLES["tpu"][0], ("Kernels and calls of libraries", "launches", "", 1), *TABLES["tpu"][2:])
 
 Row = dict[str, str]
 Rows = dict[tuple[str, ...], dict[str, Row]]  # by device, case, layout and prefetching, then by optimizer
@@ -88,7 +90,7 @@ def read(path: Path) -> Rows:
 def ratio(group: dict[str, Row], optimizer: str, figure: str) -> float | None:
     """An optimizer's figure relative to SGD's, None where it was not measured. Times are compared step by step."""
     row = group.get(optimizer)
-    if row is None or not row[figure] or not group[BASE][figure] or float(group[BASE][figure]) == 0:
+    if row is None or not row.get(figure) or not group[BASE].get(figure) or float(group[BASE][figure]) == 0:
         return None
     return float(row["time_ratio"]) if figure == "ms" else float(row[figure]) / float(group[BASE][figure])
 

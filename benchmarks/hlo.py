@@ -20,6 +20,8 @@ CONTROL = ("while", "conditional", "call")
 NAMES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "domain")
 FREE = frozenset((*CONTROL, *NAMES, "partition-id", "replica-id", "opt-barrier", "optimization-barrier"))
 SLICES = ("slice", "dynamic-slice", "gather")
+# Calls of cuBLAS and cuDNN, whose last result is scratch space.
+LIBRARY_CALL = re.compile(r'custom_call_target="__cu')
 NO_TRAFFIC_CALLS = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "AssumeGatherIndices")
 
 
@@ -159,6 +161,11 @@ class Program:
         found = [(one, times * self._traffic(where, one)) for where, one, times in self.walk()]
         return sorted((item for item in found if item[1]), key=lambda item: -item[1])
 
+    def launches(self) -> float:
+        """How many instructions run; on a GPU each is a kernel, or a call of a library."""
+        idle = ("-done", "-update")
+        return sum(times for _, one, times in self.walk() if one.opcode not in FREE and not one.opcode.endswith(idle))
+
     def collectives(self) -> dict[str, tuple[float, float]]:
         """For each kind of collective how many run, and their payload in bytes."""
         found: dict[str, tuple[float, float]] = {}
@@ -207,6 +214,8 @@ class Program:
             many = len(operands)
             results = one.shapes[many : 2 * many] if len(one.shapes) > many else one.shapes
             opcode = opcode.removesuffix("-start")
+        if opcode == "custom-call" and LIBRARY_CALL.search(one.attributes):
+            return sum(shape.hbm for shape in (*results[: max(len(results) - 1, 1)], *operands))
         written = sum(shape.hbm for shape in results)
         if opcode in SLICES:
             touched = 0 if operands[0].space else sum(shape.bytes for shape in results)

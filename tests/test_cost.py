@@ -146,6 +146,18 @@ def test_a_tpu_compiler_sees_no_more_than_the_bars(tmp_path):
         assert eva <= most * sgd, (figure, case, layout, eva / sgd)
 
 
+@pytest.mark.gpu_aot
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason='needs "jax[cuda12]"')
+def test_a_gpu_compiler_reads_the_gradient_twice(tmp_path):
+    arguments = ("--target", "h100", "--cases", "update", "update-stacked", "--optimizers", "eva+sgd", "eva")
+    rows = run_benchmark(tmp_path, *arguments, "--devices", "1 GPU")
+    for case in ("update", "update-stacked"):
+        sgd, *others = (
+            float(rows["1 GPU", case, "single", "yes", name]["hbm_bytes"]) for name in ("sgd", "eva+sgd", "eva")
+        )
+        assert max(others) <= 1.21 * sgd, case
+
+
 def results_row(case: str, layout: str, optimizer: str, hbm: float) -> dict[str, str]:
     row = dict.fromkeys((*names(Times), *names(Figures)), "")
     row |= {"hbm_bytes": str(hbm), "peak_bytes": "1e6", "collectives": "0"}

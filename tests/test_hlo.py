@@ -152,6 +152,31 @@ def test_a_program_as_a_tpu_compiler_writes_it(known):
     assert (dearest.name, moved) == ("fusion.1", 12 * 4 * row)
 
 
+def test_a_program_as_a_gpu_compiler_writes_it():
+    """Scratch space of cuBLAS is no traffic; each instruction that moves something is a kernel."""
+    text = """
+HloModule jit_step
+
+%fused_add (p0: f32[8,16], p1: f32[8,16]) -> f32[8,16] {
+  %p0 = f32[8,16]{1,0} parameter(0)
+  %p1 = f32[8,16]{1,0} parameter(1)
+  ROOT %add = f32[8,16]{1,0} add(%p0, %p1)
+}
+
+ENTRY %main (x: f32[8,32], w: f32[32,16], y: f32[8,16]) -> f32[8,16] {
+  %x = f32[8,32]{1,0} parameter(0)
+  %w = f32[32,16]{1,0} parameter(1)
+  %y = f32[8,16]{1,0} parameter(2)
+  %matmul = (f32[8,16]{1,0}, s8[33554432]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul"
+  %product = f32[8,16]{1,0} get-tuple-element(%matmul), index=0
+  ROOT %loop_add_fusion = f32[8,16]{1,0} fusion(%product, %y), kind=kLoop, calls=%fused_add
+}
+"""
+    program = Program.parse(text)
+    assert program.hbm_bytes() == 4 * (8 * 32 + 32 * 16 + 8 * 16) + 4 * 3 * 8 * 16
+    assert program.launches() == 2
+
+
 def test_a_loop_of_unknown_length_is_refused():
     text = TPU.replace("KNOWN", "").replace(
         "%limit = s32[]{:T(128)S(6)} constant(12)", "%limit = s32[] add(%i.1, %i.1)"
