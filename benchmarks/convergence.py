@@ -19,7 +19,7 @@ from optimizers import OPTIMIZERS, Optimizer
 from records import Key, Records, best_rate
 from tasks import TASKS, Task
 from tqdm import tqdm
-from training import Run, time_steps, train
+from training import Run, forget_programs, time_steps, train
 
 RATES = 6
 PER_DECADE = 3
@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for optimizer in optimizers:
                     measure(records, task, optimizer, lengths[task.name], 0 if options.small else EXTENSIONS, bar)
                 measure_times(records, task, optimizers)
+                forget_programs()  # hundreds of them: the process would run out of memory mappings
     report.write(records, output)
 
 

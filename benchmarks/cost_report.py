@@ -137,11 +137,14 @@ def bars(rows: Rows) -> str:
 
 
 def draw(rows: dict[str, Rows], path: Path) -> None:
-    """Bars for each optimizer: HBM traffic on a v5e, and times where there are any."""
+    """Bars for each optimizer: HBM traffic on a v5e and an H100, and times where there are any."""
     panels = []
     tpu = {key: group for key, group in rows["tpu"].items() if key[0] == "v5e:2x2" and key[3] == "no"}
     if tpu:
         panels.append(("HBM traffic, v5e", "hbm_bytes", {f"{key[1]}, {key[2]}": group for key, group in tpu.items()}))
+    h100 = {key[1]: group for key, group in rows["h100"].items() if key[0] == "1 GPU"}
+    if h100:
+        panels.append(("HBM traffic, H100", "hbm_bytes", h100))
     for target in ("cpu", "gpu"):
         timed = {key[1]: group for key, group in rows[target].items() if group[BASE]["ms"]}
         if timed:

@@ -82,6 +82,13 @@ def _initialization(model: nn.Module) -> Callable[..., Any]:
     return jax.jit(eva_optax.tap(model).init)
 
 
+def forget_programs() -> None:
+    """Frees what was compiled for the tasks so far."""
+    for cached in (train_step, evaluation, _initialization):
+        cached.cache_clear()
+    jax.clear_caches()
+
+
 def start(task: Task, optimizer: Optimizer, seed: int) -> Any:
     """Parameters, statistics and state. The parameters are the same with and without probes."""
     variables = dict(_initialization(task.model)(jax.random.key(seed), task.load().train.inputs[:1]))
