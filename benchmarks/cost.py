@@ -19,13 +19,15 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KEYS = ["device", "case", "layout", "prefetch", "optimizer"]
 TPUS = ("v5e:2x2", "v5e:16x16", "v5p:2x2x1", "v6e:2x2")
-COMPILED = ("tpu", "h100")  # targets whose programs are compiled and never run
+# Targets whose programs are compiled and never run, with the package that has the compiler and what installs it.
+COMPILED = {"tpu": ("libtpu", "libtpu"), "h100": ("jax_cuda12_plugin", "'jax[cuda12]'")}
 # Leaves a TPU's compiler no on-chip memory to prefetch into, so that the traffic is the program's own.
 NO_PREFETCH = {"xla_tpu_scoped_vmem_limit_kib": "120000"}
 BASE = "sgd"
@@ -137,7 +139,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare_environment(target: str, devices: list[str] | None) -> None:
-    """What must be set before JAX is imported."""
+    """What must be set before JAX is imported.
+
+    Raises:
+      SystemExit: if the compiler for the target is not installed.
+    """
+    if target in COMPILED:
+        package, requirement = COMPILED[target]
+        if find_spec(package) is None:
+            raise SystemExit(f"cost.py: --target {target} needs {package}: pip install {requirement}")
     if target == "tpu":
         wanted = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
         os.environ.update(wanted, JAX_PLATFORMS="cpu")

@@ -196,6 +196,13 @@ def test_a_gpu_is_asked_for_where_there_is_none():
         cost.devices_of("1 device", "gpu")
 
 
+@pytest.mark.parametrize(("target", "advice"), [("tpu", "pip install libtpu"), ("h100", "pip install 'jax.cuda12.'")])
+def test_a_missing_compiler_is_asked_for(target, advice, monkeypatch):
+    monkeypatch.setattr(cost, "find_spec", lambda package: None)
+    with pytest.raises(SystemExit, match=f"--target {target} needs .*: {advice}"):
+        cost.prepare_environment(target, None)
+
+
 def test_baselines_run_on_a_cpu_only(capsys):
     with pytest.raises(SystemExit):
         cost.parse_arguments(["--target", "tpu", "--baselines"])
