@@ -16,7 +16,7 @@ Key = TypeVar("Key")
 
 @dataclass
 class Figures:
-    """What a compiler says about a step; bytes are those of one device.
+    """What a compiler says about a step; bytes are those of one device, None what it does not say.
 
     Attributes:
       compile_s: seconds that compilation took.
@@ -30,8 +30,8 @@ class Figures:
     """
 
     compile_s: float
-    flops: float
-    bytes_accessed: float
+    flops: float | None
+    bytes_accessed: float | None
     hbm_bytes: float
     argument_bytes: float
     peak_bytes: float
@@ -67,8 +67,8 @@ def compile_step(step: Step, options: Mapping[str, str] | None = None) -> tuple[
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return compiled, Figures(
         compile_s=round(seconds, 2),
-        flops=cost.get("flops", 0.0),
-        bytes_accessed=cost.get("bytes accessed", 0.0),
+        flops=cost.get("flops"),
+        bytes_accessed=cost.get("bytes accessed"),
         hbm_bytes=program.hbm_bytes(),
         argument_bytes=memory.argument_size_in_bytes,
         peak_bytes=memory.argument_size_in_bytes + new + memory.temp_size_in_bytes,

@@ -30,8 +30,8 @@ class ScaleByEvaState(NamedTuple):
       vectors: the running vectors, shaped like the parameters. `scale_by_eva`: each probe holds the averages `a` and
         `b`, and in `n` 1 as soon as there is one; `scale_by_eva_f`: only `a`; `scale_by_eva_s`: in the place of each
         parameter the tuple of its vectors. Everything else is an `optax.MaskedNode`.
-      skipped: how many times a layer was skipped because its vectors were not finite, or no longer those that its tap
-        gave, int32 scalar.
+      skipped: how many times a layer was skipped because its vectors or their squares were not finite, or no longer
+        those that its tap gave, int32 scalar.
       nu: the last step-size factor ν, float scalar.
       figures: what `diagnostics` reports of each layer at the last step, by name; trees shaped like the parameters.
     """
