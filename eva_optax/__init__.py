@@ -1,22 +1,26 @@
 """Eva, curvature-aware preconditioning at the cost of a first-order step, for Optax and Flax."""
 
-from eva_optax._alias import eva, eva_f, eva_s
-from eva_optax._alias_conjugate import eva_adamw, eva_muon
-from eva_optax._attach import attach, strip
-from eva_optax._conjugate import ConjugateState, center, conjugate
-from eva_optax._custom import tap_einsum, tap_ragged_dot
-from eva_optax._diagnostics import diagnostics, plot_diagnostics
-from eva_optax._eva import scale_by_eva
-from eva_optax._eva_f import scale_by_eva_f
-from eva_optax._eva_s import scale_by_eva_s
-from eva_optax._flax import coverage, tap, tapping
-from eva_optax._pairing import KroneckerVectors, vectors
-from eva_optax._precondition import ScaleByEvaState
-from eva_optax._register import Registration, register
+from importlib import import_module
+from typing import Any
+
+from eva_optax._flax.attach import attach, strip
+from eva_optax._flax.functions import coverage, tap, tapping
+from eva_optax._flax.raw_parameters import tap_einsum, tap_ragged_dot
+from eva_optax._flax.registry import Registration, register
+from eva_optax._probes.vectors import KroneckerVectors, vectors
+from eva_optax._transforms.aliases import eva_adamw, eva_muon
+from eva_optax._transforms.coordinates import center, conjugate
+from eva_optax._transforms.diagnostics import diagnostics, plot_diagnostics
+from eva_optax._transforms.eva import scale_by_eva
+from eva_optax._transforms.eva_f import scale_by_eva_f
+from eva_optax._transforms.eva_s import scale_by_eva_s
+from eva_optax._transforms.published import eva, eva_f, eva_s
+from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CenterState",
     "ConjugateState",
     "KroneckerVectors",
     "Registration",
@@ -43,3 +47,19 @@ __all__ = [
     "tapping",
     "vectors",
 ]
+
+# Classes of objects that this library returns, which need Flax: imported when they are asked for, by pickle too.
+_LAZY = {
+    "BoundModule": "tapped_module",
+    "Coverage": "coverage",
+    "CoverageRow": "coverage",
+    "TappedModule": "tapped_module",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"eva_optax._flax.{_LAZY[name]}"), name)
+    if name.startswith("Tapped:"):  # the tapped subclass of an NNX layer's class
+        return import_module("eva_optax._flax.nnx_classes").find_class(name)
+    raise AttributeError(f"module 'eva_optax' has no attribute {name!r}")

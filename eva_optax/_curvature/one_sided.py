@@ -1,0 +1,54 @@
+"""The mean input alone: Eva-f, and the change of coordinates that whitens its direction.
+
+With (a, 1) the homogeneous input of a layer and γ the damping, the curvature is C = (a, 1)(a, 1)ᵀ ⊗ I + γI, and
+
+    Eva-f      P = C⁻¹ G = (G − (a, 1) · (a, 1)ᵀG / (γ + ‖(a, 1)‖²)) / γ
+    whitening  R G with R = (C/γ)^(−1/2) = I + ((1 + ‖(a, 1)‖²/γ)^(−1/2) − 1) / ‖(a, 1)‖² · (a, 1)(a, 1)ᵀ.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+
+from eva_optax._curvature.curvature import Averages, Damping, Gradient, Solution, Sums, Tapped, cosine, safe_divide
+from eva_optax._curvature.sums import paired_sums, stack_biases, write_columns
+from eva_optax._probes.fusion import materialize
+from eva_optax._probes.layout import Layout
+
+
+@dataclass(frozen=True)
+class OneSided(Tapped):
+    """The mean input of each layer; `whitening` chooses R instead of the inverse."""
+
+    whitening: bool = False
+    statistics: tuple[str, ...] = ("a",)
+
+    def read(self, layout: Layout, gradients: Sequence[Gradient], averages: Averages) -> tuple[Sums, Array]:
+        """‖(a, 1)ᵀG‖², ⟨G, G⟩ and ‖(a, 1)‖²; and (a, 1)ᵀG itself."""
+        a = averages["a"]
+        along, gg = paired_sums([gradient.kernel for gradient in gradients], a, layout.sum_axes[1])
+        aa, bias = layout.total(a * a), stack_biases(gradients)
+        if bias is not None:
+            along, gg, aa = along + bias, gg + bias * bias, aa + 1
+        return {"square": layout.total(along * along), "gg": layout.total(gg), "aa": aa}, along
+
+    def solve(self, sums: Sums, damping: Damping) -> Solution:
+        """V = (a, 1) · (a, 1)ᵀG."""
+        square, gg, aa = sums["square"], sums["gg"], sums["aa"]
+        if self.whitening:
+            value = jnp.asarray(damping.value, aa.dtype)
+            ratio = 1 / value if damping.relative else aa / value
+            factor, weight = None, safe_divide(1 - 1 / jnp.sqrt(1 + ratio), aa)
+        else:
+            factor, weight = damping.factor(aa.dtype), damping.invert(aa)
+        share = cosine(square, gg * aa, square)
+        return Solution(factor, weight, gg, weight * square, weight**2 * aa * square, share, jnp.isfinite(aa))
+
+    def write(
+        self, layout: Layout, gradients: Sequence[Gradient], averages: Averages, kept: Array, weight: Array
+    ) -> list[Gradient]:
+        """G − (a, 1) · (weight · (a, 1)ᵀG)."""
+        rows = jnp.where(weight == 0, 0, weight * kept)  # what is not finite is none even times 0
+        return write_columns(gradients, averages["a"], materialize(rows))

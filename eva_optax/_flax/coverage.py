@@ -1,0 +1,141 @@
+"""Which parameters of a model are tapped, which are not, and why."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flax.linen as nn
+import numpy as np
+
+from eva_optax._flax.linen import Interceptor
+from eva_optax._probes.layers import take_apart
+from eva_optax._probes.probe import Path, is_probe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_ELEMENTWISE = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
+
+
+class CoverageRow(NamedTuple):
+    """One parameter: its path, shape, whether it is tapped, and if not, why; and whether its layer can be centred."""
+
+    path: str
+    shape: tuple[int, ...]
+    tapped: bool
+    reason: str
+    centered: bool
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return int(np.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The coverage report of a model; its string form is a table, and rich prints it as one.
+
+    Attributes:
+      rows: one `CoverageRow` for each parameter, probes apart, in the order of the tree.
+    """
+
+    rows: tuple[CoverageRow, ...]
+
+    @property
+    def tapped(self) -> int:
+        """The number of entries in tapped parameters."""
+        return sum(row.size for row in self.rows if row.tapped)
+
+    @property
+    def total(self) -> int:
+        """The number of entries in all parameters."""
+        return sum(row.size for row in self.rows)
+
+    @property
+    def share(self) -> float:
+        """The share of the parameters that is tapped, between 0 and 1."""
+        return self.tapped / self.total if self.total else 0.0
+
+    @property
+    def untapped(self) -> dict[str, str]:
+        """The reason for each parameter that is not tapped, by path."""
+        return {row.path: row.reason for row in self.rows if not row.tapped}
+
+    @property
+    def uncentered(self) -> tuple[str, ...]:
+        """The paths of tapped parameters that `center` passes as they are, because their layer has no bias."""
+        return tuple(row.path for row in self.rows if row.tapped and not row.centered)
+
+    def __rich__(self) -> "Table":
+        from rich.table import Table
+
+        table = Table(caption=f"{self.tapped:,} of {self.total:,} parameters tapped ({self.share:.1%})")
+        for column in ("parameter", "shape", "entries", "tapped"):
+            table.add_column(column, justify="right" if column == "entries" else "left", overflow="fold")
+        for row in self.rows:
+            shape = "×".join(map(str, row.shape)) or "scalar"
+            answer = "yes" if row.centered else "yes (without bias: not centred)" if row.tapped else f"no: {row.reason}"
+            table.add_row(row.path, shape, f"{row.size:,}", answer)
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+Coverage.__module__ = CoverageRow.__module__ = "eva_optax"
+
+
+def linen_coverage(variables: Any, interceptor: Interceptor) -> Coverage:
+    """`coverage` of a Linen module, from the shapes of its variables and what the interceptor noted."""
+    return report(variables.get("params", {}), interceptor.reasons, interceptor.classes, _ELEMENTWISE)
+
+
+def report(params: Any, reasons: dict[Path, str], classes: dict[Path, type], elementwise: tuple[type, ...]) -> Coverage:
+    """The report on a tree of parameters with probes.
+
+    Args:
+      params: the tree; only shapes are looked at.
+      reasons: why a parameter is not tapped, as far as known, by path.
+      classes: the classes of the modules, by path.
+      elementwise: classes of modules that hold no matrices.
+    """
+    tree = take_apart(params)
+    layers = {
+        tree.paths[place]: layer for layer in tree.layers for place in (layer.kernel, layer.bias) if place is not None
+    }
+
+    def row(path: Path, leaf: Any) -> CoverageRow:
+        shape, layer = tuple(leaf.shape), layers.get(path)
+        reason = "" if layer else _reason(path, shape, reasons, classes, elementwise)
+        return CoverageRow(
+            "/".join(path), shape, layer is not None, reason, layer is not None and layer.bias is not None
+        )
+
+    pairs = zip(tree.paths, tree.leaves, strict=True)
+    return Coverage(tuple(row(path, leaf) for path, leaf in pairs if not is_probe(path)))
+
+
+def _reason(
+    path: Path,
+    shape: tuple[int, ...],
+    reasons: dict[Path, str],
+    classes: dict[Path, type],
+    elementwise: tuple[type, ...],
+) -> str:
+    if path in reasons:
+        return reasons[path]
+    module = classes.get(path[:-1])
+    kernel = next((reason for known, reason in reasons.items() if known[:-1] == path[:-1]), None)
+    if kernel is not None:
+        return f"beside an untapped kernel ({kernel})"
+    if module is not None and issubclass(module, elementwise):
+        return f"{module.__name__}: scales or shifts element by element"
+    if len(shape) < 2:
+        return "a vector, not a matrix"
+    owner = "its module" if module is None else module.__name__
+    return f"{owner} has no rule: its parameter is used directly"

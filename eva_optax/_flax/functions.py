@@ -1,0 +1,152 @@
+"""The functions that need Flax: `tap`, `tapping`, `coverage`; Flax itself is imported at their first call."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from eva_optax._probes.probe import VECTORS, check_statistics
+
+if TYPE_CHECKING:
+    from eva_optax._flax.coverage import Coverage
+
+
+def tap(model: Any, *args: Any, embeddings: bool = False, statistics: Sequence[str] = VECTORS, **kwargs: Any) -> Any:
+    """Returns an object to use in the place of `model`, whose gradients carry the Kronecker vectors.
+
+    Beside each kernel that it taps stands a small probe of zeros, a part of the parameters. The gradient of a probe is
+    (a, b), the mean input and the summed output cotangent of the layer; see `vectors`. Outputs, initial values, random
+    streams and the gradients of real parameters are those of `model`.
+
+    An `nnx.Module` is changed in place, as by `model.train()`, and returned: its layers get tapped subclasses of their
+    classes, and probes, which are `nnx.Param`. Tap it before its optimizer is made. Tapping it again taps what is new.
+
+    Args:
+      model: a `flax.linen.Module`, the outermost one: tap what you call `init` and `apply` on; or a `flax.nnx.Module`.
+      *args: for an NNX model whose modules call `tap_einsum` or `tap_ragged_dot`: what the model is called with. Only
+        shapes and dtypes are looked at. A Linen model takes none.
+      embeddings: also tap the lookups of `Embed`; a is then the frequency of each token.
+      statistics: what the probes collect: ("a", "b"), or ("a",) for optimizers that need the mean input alone
+        (`scale_by_eva_f`, `conjugate`, `center`, `eva_adamw`, `eva_muon`), which saves the sum of the cotangents.
+        Layers with batch axes of their own collect both.
+      **kwargs: likewise.
+
+    Returns:
+      The NNX model, or for a Linen module a `TappedModule`: `init`, `init_with_output`, `lazy_init`, `apply`, `bind`,
+      `tabulate` and `clone` are those of `model`, tapped; other attributes pass through. It compares and hashes like
+      the model.
+
+    Raises:
+      TypeError: if `model` is no Flax module, or a Linen module is given a call's arguments.
+      ValueError: for unknown statistics; if the model has no layer that can be tapped, for a Linen model from `init`.
+
+    Every derivative of a tapped model is that of `model`: forward and reverse mode, of any order, inside the loss too.
+
+    Source: Zhang, Shi and Li, ICLR 2023 (the vectors); that they are the gradient of a probe is this library's.
+
+    Example:
+      >>> import eva_optax, flax.linen as nn, jax, jax.numpy as jnp
+      >>> model = eva_optax.tap(nn.Dense(2))
+      >>> params = model.init(jax.random.key(0), jnp.ones((4, 3)))["params"]
+      >>> sorted(params)
+      ['bias', 'kernel', 'kronecker']
+      >>> from flax import nnx
+      >>> model = eva_optax.tap(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+      >>> sorted(nnx.state(model, nnx.Param))
+      ['bias', 'kernel', 'kronecker']
+    """
+    collected = check_statistics("tap", statistics)
+    if is_nnx_module(model):
+        from eva_optax._flax.nnx import tap_module
+
+        return tap_module(model, embeddings, collected, *args, **kwargs)
+    import flax.linen as nn
+
+    from eva_optax._flax.tapped_module import TappedModule
+
+    if args or kwargs:
+        raise TypeError(
+            f"eva_optax.tap: a Linen model takes no example input, got {len(args) + len(kwargs)} more arguments. "
+            "Its probes are made by model.init, or by eva_optax.attach(model, params, x)."
+        )
+    if isinstance(model, TappedModule):
+        return TappedModule(model.module, embeddings or model.embeddings, collected)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "eva_optax.tap: model must be an instance of flax.linen.Module or flax.nnx.Module, "
+            f"got {model!r} of {type(model)}."
+        )
+    return TappedModule(model, embeddings, collected)
+
+
+def is_nnx_module(value: Any) -> bool:
+    """Whether `value` is an NNX module; imports nothing."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(value, nnx.Module)
+
+
+def tapping(*, embeddings: bool = False, statistics: Sequence[str] = VECTORS) -> AbstractContextManager[Any]:
+    """A context manager in which every Linen `init` and `apply` is tapped, for code that calls them itself.
+
+    The context is no part of the cache key of `jax.jit`: enter it inside the function that is jitted, as the example
+    does. A function that was jitted and run before, and is called inside the context, stays untapped.
+
+    Args:
+      embeddings: as for `tap`.
+      statistics: as for `tap`.
+
+    Returns:
+      The context manager.
+
+    Source: as `tap`.
+
+    Example:
+      >>> import eva_optax, flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x = nn.Dense(2), jnp.ones((4, 3))
+      >>> with eva_optax.tapping():
+      ...   params = model.init(jax.random.key(0), x)["params"]
+      >>> @jax.jit
+      ... def gradient(params):
+      ...   with eva_optax.tapping():
+      ...     return jax.grad(lambda p: model.apply({"params": p}, x).sum())(params)
+      >>> sorted(eva_optax.vectors(gradient(params)))
+      ['']
+    """
+    from eva_optax._flax.linen import linen_tapping
+
+    return linen_tapping(embeddings, check_statistics("tapping", statistics))
+
+
+def coverage(model: Any, *args: Any, **kwargs: Any) -> "Coverage":
+    """Reports which parameters of a model are tapped, which are not, and why.
+
+    Args:
+      model: the model, tapped (then with the options of `tap`) or not.
+      *args: what a Linen model is called with, after the random key, as in `model.init(key, *args, **kwargs)`; for an
+        NNX model what `tap` is given. Only shapes and dtypes are looked at: nothing is computed, and nothing changed.
+      **kwargs: likewise.
+
+    Returns:
+      A `Coverage`: `rows` (path, shape, tapped, reason), `tapped` and `total` (numbers of entries), `share`, `untapped`
+      (reasons by path). `print` shows it as a table.
+
+    Raises:
+      TypeError: if `model` is no Flax module.
+
+    Source: as `tap`.
+
+    Example:
+      >>> import eva_optax, flax.linen as nn, jax.numpy as jnp
+      >>> report = eva_optax.coverage(nn.Sequential([nn.Dense(2), nn.LayerNorm()]), jnp.ones((4, 3)))
+      >>> report.untapped["layers_1/scale"]
+      'LayerNorm: scales or shifts element by element'
+    """
+    if is_nnx_module(model):
+        from eva_optax._flax.nnx_coverage import nnx_coverage
+
+        return nnx_coverage(model, *args, **kwargs)
+    from eva_optax._flax.coverage import linen_coverage
+    from eva_optax._flax.tapped_module import TappedModule
+
+    tapped = model if isinstance(model, TappedModule) else tap(model)
+    return linen_coverage(*tapped.init_shapes(*args, **kwargs))

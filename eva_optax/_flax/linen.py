@@ -1,0 +1,210 @@
+"""Tapping Flax Linen modules: which layers have a rule, and the interceptor that taps their calls."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.core import freeze
+from flax.linen.recurrent import DenseParams
+from jax import Array
+
+from eva_optax._flax.plans import (
+    COMPLEX,
+    EMBEDDING_OFF,
+    REPARAMETRISED,
+    Plan,
+    Shape,
+    Skip,
+    convolution_plan,
+    dense_plan,
+    embedding_plan,
+    equation_plan,
+    general_plan,
+    transposed_plan,
+)
+from eva_optax._flax.registry import registered_call, split_input
+from eva_optax._probes.probe import (
+    KRONECKER,
+    VECTORS,
+    KernelShapes,
+    LinearMap,
+    Path,
+    Probe,
+    make_probe,
+    probe_axis_names,
+    probe_name,
+    probe_shapes,
+)
+from eva_optax._probes.tap import tap
+from eva_optax._statistics.einsum import Contraction
+
+
+def _dense_general(layer: nn.DenseGeneral, kernel_shape: Shape, x_shape: Shape) -> Plan:
+    return general_plan(layer.axis, layer.batch_dims, kernel_shape, x_shape)
+
+
+def _einsum(layer: nn.Einsum, kernel_shape: Shape, x_shape: Shape, einsum_str: str | None = None) -> Plan:
+    return equation_plan(einsum_str or layer.einsum_str or "", kernel_shape, x_shape)
+
+
+# By the function that does the work, not by class: a subclass that overrides `__call__` and calls `super()` reaches the
+# same function, a subclass that computes its output in its own way does not.
+_PLANS: dict[Callable[..., Any], Callable[..., Plan]] = {
+    inspect.unwrap(nn.Dense.__call__): dense_plan,
+    inspect.unwrap(nn.DenseGeneral.__call__): _dense_general,
+    inspect.unwrap(nn.Einsum.__call__): _einsum,
+    inspect.unwrap(nn.Conv.__call__): convolution_plan,
+    inspect.unwrap(nn.ConvTranspose.__call__): transposed_plan,
+    inspect.unwrap(nn.Embed.__call__): embedding_plan,
+}
+_GATE = inspect.unwrap(DenseParams.__call__)
+
+
+# Where tapped models meet inside of `tapping`, only the innermost interceptor taps: a layer must not be tapped twice.
+_ACTIVE: ContextVar["Interceptor | None"] = ContextVar("active", default=None)
+
+
+@contextmanager
+def linen_tapping(embeddings: bool, statistics: tuple[str, ...]) -> Iterator["Interceptor"]:
+    """Taps every Linen call inside."""
+    interceptor = Interceptor(embeddings, statistics)
+    token = _ACTIVE.set(interceptor)
+    try:
+        with nn.intercept_methods(interceptor):
+            yield interceptor
+    finally:
+        _ACTIVE.reset(token)
+
+
+@dataclass(eq=False)
+class Interceptor:
+    """Taps the layers that run under `nn.intercept_methods`, and notes what it finds at each module path.
+
+    Attributes:
+      embeddings: whether lookups in embedding tables are tapped.
+      statistics: what new probes collect.
+      classes: the class of every module that ran.
+      reasons: why a layer's kernel or bias is not tapped, by the path of the parameter.
+    """
+
+    embeddings: bool = False
+    statistics: tuple[str, ...] = VECTORS
+    classes: dict[Path, type] = field(default_factory=dict)
+    reasons: dict[Path, str] = field(default_factory=dict)
+    _reparametrised: int = 0
+    _gates: dict[Path, tuple[LinearMap, Probe, Array]] = field(default_factory=dict)
+
+    def __call__(
+        self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        module = context.module
+        if module.scope is None or _ACTIVE.get() is not self:
+            return next_fun(*args, **kwargs)
+        self.classes.setdefault(module.path, type(module))
+        # Part of the key under which `nn.jit` caches a module: its untapped trace must not serve a tapped call.
+        if KRONECKER not in module.scope.flags:
+            module.scope.flags = freeze({**module.scope.flags, KRONECKER: (self.embeddings, self.statistics)})
+        function: Any = getattr(context.orig_method, "func", None)
+        if function is _GATE:
+            return self._gate(module, next_fun(*args, **kwargs), *args, **kwargs)
+        if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+            with self._reparametrise():
+                return next_fun(*args, **kwargs)
+        y = next_fun(*args, **kwargs)
+        registration = registered_call(module, function)
+        build = registration.plan if registration else _PLANS.get(function)
+        if build is None:
+            return y
+        kernel = "embedding" if build is embedding_plan else registration.kernel if registration else "kernel"
+        x, args, kwargs = split_input(function, args, kwargs)
+        plan = self._plan(module, kernel, build, x, args, kwargs)
+        if isinstance(plan, Skip):
+            self.reasons[*module.path, kernel] = plan.reason
+            return y
+        bias = plan.bias if plan.bias and module.has_variable("params", plan.bias) else None
+        if plan.bias_reason:
+            self.reasons[*module.path, "bias"] = plan.bias_reason
+        probe = layer_probe(module, plan.linear_map, plan.kernel, bias)
+        return y if probe is None else tap(plan.linear_map, bias is not None, probe, jnp.asarray(x), y)
+
+    @contextmanager
+    def _reparametrise(self) -> Iterator[None]:
+        self._reparametrised += 1
+        try:
+            yield
+        finally:
+            self._reparametrised -= 1
+
+    def _plan(
+        self, module: nn.Module, kernel: str, build: Callable[..., Plan], x: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Plan:
+        if self._reparametrised or type(module).param is not nn.Module.param:
+            return Skip(REPARAMETRISED)
+        if build is embedding_plan and not self.embeddings:
+            return Skip(EMBEDDING_OFF)
+        value = nn.meta.unbox(module.get_variable("params", kernel))
+        if value is None:
+            return Skip(f"{type(module).__name__} has no parameter {kernel!r}")
+        if jnp.iscomplexobj(value):
+            return Skip(COMPLEX)
+        return build(module, tuple(value.shape), jnp.shape(x), *args, **kwargs)
+
+    def _gate(self, module: nn.Module, params: tuple[Array, Array | None], inputs: Array) -> tuple[Array, Array | None]:
+        """Taps the parameters of one gate of an `OptimizedLSTMCell`, which hides its gates' outputs.
+
+        A gate's output is inputs·W_i + h·W_h + bias: the cotangent of the bias is that output's cotangent already
+        summed. So the bias stands in for the output, of the recurrent kernel that owns it and of the input kernel
+        before it.
+        """
+        kernel, bias = params
+        letters = "".join(chr(ord("a") + axis) for axis in range(inputs.ndim - 1))
+        rule = Contraction(kernel.shape, letters + "x", "xy", "y", positions=letters)
+        probe = layer_probe(module, rule, "kernel", None if bias is None else "bias")
+        cell = module.path[:-1]
+        if probe is not None and bias is None:
+            self._gates[cell] = (rule, probe, inputs)
+        elif probe is not None and bias is not None:
+            bias = tap(rule, True, probe, inputs, bias)
+            if cell in self._gates:
+                input_rule, input_probe, x = self._gates.pop(cell)
+                bias = tap(input_rule, False, input_probe, x, bias)
+        return kernel, bias
+
+
+def layer_probe(
+    module: nn.Module, shapes_of: KernelShapes, kernel: str, bias: str | None, batch: tuple[int, ...] = ()
+) -> Probe | None:
+    """The probe beside these parameters; made, and not returned, while the model is initialised; None without one.
+
+    `batch` are the leading axes of kernel and bias that are counted each for itself.
+    """
+    name = probe_name(kernel, bias)
+    probes = module.get_variable("params", KRONECKER, {})
+    if not (module.is_initializing() and module.is_mutable_collection("params")):
+        return nn.meta.unbox(dict(probes[name])) if name in probes else None
+    if name not in probes:
+        assert module.scope is not None
+        count_rank = nn.meta.unbox(module.get_variable("params", bias or kernel)).ndim
+        _, statistics = module.scope.flags[KRONECKER]
+        shapes = probe_shapes(shapes_of, statistics, (*batch, *(1,) * (count_rank - len(batch))))
+        module.put_variable("params", KRONECKER, {**probes, name: _boxed_probe(module, kernel, shapes)})
+    return None
+
+
+def _boxed_probe(module: nn.Module, kernel: str, shapes: dict[str, Shape]) -> Probe:
+    """A probe of zeros in the kernel's box, with the names of the axes that it shares with the kernel."""
+    assert module.scope is not None
+    box = module.scope.get_variable("params", kernel)
+    full = nn.meta.unbox(box)
+    probe = make_probe(shapes, full.dtype)
+    if not isinstance(box, nn.meta.Partitioned):
+        return probe
+    return {
+        name: box.replace(value=leaf, names=probe_axis_names(name, leaf.shape, full.shape, box.names))
+        for name, leaf in probe.items()
+    }

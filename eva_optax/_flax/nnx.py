@@ -1,0 +1,230 @@
+"""Tapping NNX modules: each layer's class is swapped for a tapped subclass, and probes become its variables."""
+
+import inspect
+import types
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from eva_optax._flax.nnx_classes import TappedMixin, layer_class, tapped_class
+from eva_optax._flax.nnx_layers import Kind, new_probe
+from eva_optax._flax.plans import COMPLEX, EMBEDDING_OFF, REPARAMETRISED, Shape, Skip
+from eva_optax._flax.raw_parameters import RECORDER, Recorder
+from eva_optax._flax.tapped_module import TappedModule
+from eva_optax._probes.layers import has_probes
+from eva_optax._probes.probe import KRONECKER, VECTORS, KernelShapes, Path, probe_name
+
+# The first came with Flax 0.12.1.
+_REPARAMETRISING = tuple(getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name))
+
+
+def tap_module(
+    model: nnx.Module, embeddings: bool, statistics: tuple[str, ...], *args: Any, **kwargs: Any
+) -> nnx.Module:
+    """`tap` of an NNX module."""
+    survey = Survey(model, embeddings, args, kwargs, statistics)
+    survey.apply()
+    if not (survey.bridges or has_probes(nnx.state(model))):
+        reasons = sorted(set(survey.reasons.values()))
+        raise ValueError(
+            f"eva_optax.tap: {type(model).__name__} has no layer that can be tapped"
+            + (f" ({'; '.join(reasons)}). " if reasons else ". ")
+            + "eva_optax.coverage(model) lists each parameter with the reason. Modules that call eva_optax.tap_einsum "
+            "need an example input: eva_optax.tap(model, x)."
+        )
+    return model
+
+
+def untapped_copy(model: nnx.Module) -> nnx.Module:
+    """A model without probes, of the same arrays."""
+    copy = nnx.merge(*nnx.split(model))
+    for _, layer in modules(copy):
+        if isinstance(layer, TappedMixin):
+            object.__setattr__(layer, "__class__", layer.untapped_class)
+        if KRONECKER in vars(layer):
+            delattr(layer, KRONECKER)
+        if isinstance(layer, nnx.bridge.ToNNX):
+            _strip_bridge(layer)
+    return copy
+
+
+def _strip_bridge(bridge: Any) -> None:
+    """Removes the probes among the variables of a Linen module, which are nested dicts."""
+    if isinstance(bridge.to_nnx__module, TappedModule):
+        bridge.to_nnx__module = bridge.to_nnx__module.module
+
+    def stripped(value: Any) -> Any:
+        return {key: stripped(inner) for key, inner in value.items() if key != KRONECKER} if _is_dict(value) else value
+
+    for name, value in list(vars(bridge).items()):
+        if _is_dict(value):
+            setattr(bridge, name, nnx.data(stripped(value)))
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict | nnx.Dict)
+
+
+def modules(model: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Module]]:
+    """The modules in `model` with their paths, outer ones first; one that occurs twice by its first path."""
+    found = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+    return sorted(found, key=lambda item: (len(item[0]), list(map(str, item[0]))))
+
+
+class Swap(NamedTuple):
+    """What is done to one layer: its new class, and its new probes by name."""
+
+    layer: nnx.Module
+    cls: type
+    probes: dict[str, dict[str, nnx.Variable[Any]]]
+
+
+@dataclass
+class Survey:
+    """What can be tapped in a model and what cannot; nothing is changed before `apply`.
+
+    Attributes:
+      swaps: the layers that will be tapped.
+      reasons: why a layer's kernel or bias is not tapped, by the path of the parameter.
+      classes: the class of every module.
+      bridges: the number of tapped Linen modules inside.
+    """
+
+    model: nnx.Module
+    embeddings: bool
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    statistics: tuple[str, ...] = VECTORS
+    swaps: list[Swap] = field(default_factory=list)
+    reasons: dict[Path, str] = field(default_factory=dict)
+    classes: dict[Path, type] = field(default_factory=dict)
+    bridges: int = 0
+    _shared: dict[tuple[int, int], dict[str, nnx.Variable[Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        found = modules(self.model)
+        reparametrised = {
+            id(inner) for _, outer in found if isinstance(outer, _REPARAMETRISING) for _, inner in nnx.iter_graph(outer)
+        }
+        for path, layer in found:
+            names = tuple(map(str, path))
+            self.classes[names] = getattr(layer, "untapped_class", type(layer))
+            if isinstance(layer, nnx.bridge.ToNNX):
+                self._survey_bridge(names, layer)
+                continue
+            known = layer_class(type(layer))
+            if known is None:
+                continue
+            base, kind = known
+            reason = REPARAMETRISED if id(layer) in reparametrised else skip_reason(layer, base, kind, self.embeddings)
+            if reason is None:
+                self._survey_layer(names, layer, base, kind)
+            else:
+                self.reasons[*names, kind.kernel] = reason
+        if self.args or self.kwargs:
+            self._survey_calls(found)
+
+    def apply(self) -> None:
+        """Taps what was found."""
+        for layer, cls, probes in self.swaps:
+            object.__setattr__(layer, "__class__", cls)
+            if probes:
+                setattr(layer, KRONECKER, nnx.data({**vars(layer).get(KRONECKER, {}), **probes}))
+
+    def _survey_layer(self, names: Path, layer: nnx.Module, base: type, kind: Kind) -> None:
+        probes = {}
+        for plan in kind.plans(layer):
+            if isinstance(plan, Skip):
+                self.reasons[*names, kind.kernel] = plan.reason
+                return
+            if jnp.issubdtype(getattr(layer, plan.kernel).dtype, jnp.complexfloating):
+                self.reasons[*names, plan.kernel] = COMPLEX
+                return
+            if plan.bias_reason:
+                self.reasons[*names, "bias"] = plan.bias_reason
+            bias = plan.bias if getattr(layer, plan.bias or "", None) is not None else None
+            probes |= self._probe(layer, plan.linear_map, plan.kernel, bias)
+        if not isinstance(layer, TappedMixin):
+            self.swaps.append(Swap(layer, tapped_class(type(layer), base, kind), probes))
+
+    def _probe(
+        self, layer: nnx.Module, vectors: KernelShapes, kernel: str, bias: str | None, batch: Shape = ()
+    ) -> dict[str, dict[str, nnx.Variable[Any]]]:
+        """The layer's probe; layers that share their parameters share the probe, which then sees all their calls."""
+        name = probe_name(kernel, bias)
+        existing = vars(layer).get(KRONECKER, {})
+        parameters = id(getattr(layer, kernel)), id(getattr(layer, bias or "", None))
+        probe = existing[name] if name in existing else new_probe(layer, vectors, self.statistics, kernel, bias, batch)
+        first = self._shared.setdefault(parameters, probe)
+        same = all(first[leaf].shape == variable.shape for leaf, variable in probe.items())
+        return {name: first if same else probe}
+
+    def _survey_bridge(self, names: Path, bridge: Any) -> None:
+        if isinstance(bridge, TappedMixin) or isinstance(bridge.to_nnx__module, TappedModule):
+            self.bridges += 1
+            return
+        if nnx.state(bridge, nnx.Param):
+            raise ValueError(
+                f"eva_optax.tap: the Linen module at {'/'.join(names)!r} has its parameters already. Tap before "
+                "lazy_init: eva_optax.tap(nnx.bridge.ToNNX(module, rngs=rngs)).lazy_init(x)."
+            )
+        self.bridges += 1
+        self.swaps.append(
+            Swap(bridge, tapped_class(type(bridge), nnx.bridge.ToNNX, None, self.embeddings, self.statistics), {})
+        )
+
+    def _survey_calls(self, found: list[tuple[tuple[Any, ...], nnx.Module]]) -> None:
+        """Finds the calls of `tap_einsum` and its like, by tracing a copy of the model."""
+        recorders = [Recorder() for _ in found]
+        graphdef, state = nnx.split(self.model)
+        leaves, treedef = jax.tree.flatten((self.args, self.kwargs))
+        # Flags and the like stay what they are.
+        arrays = {index: leaf for index, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
+
+        def call(state: Any, arrays: dict[int, Any]) -> None:
+            copy: Any = nnx.merge(graphdef, state)
+            for recorder, (_, layer) in zip(recorders, modules(copy), strict=True):
+                setattr(layer, RECORDER, recorder)
+            args, kwargs = treedef.unflatten([arrays.get(index, leaf) for index, leaf in enumerate(leaves)])
+            copy(*args, **kwargs)
+
+        jax.eval_shape(call, state, arrays)
+        for recorder, (_, layer) in zip(recorders, found, strict=True):
+            probes = {}
+            for vectors, kernel, bias, batch in recorder.calls:
+                probes |= self._probe(layer, vectors, kernel, bias, batch)
+            if probes:
+                self.swaps.append(Swap(layer, type(layer), probes))
+
+
+def skip_reason(layer: nnx.Module, base: type, kind: Kind, embeddings: bool) -> str | None:
+    """Why a layer of a class with a rule is not tapped; None if it is."""
+    if base is nnx.Embed and not embeddings:
+        return EMBEDDING_OFF
+    if not isinstance(getattr(layer, kind.kernel, None), nnx.Variable):
+        return f"{base.__name__} has no parameter {kind.kernel!r}"
+    for cls in type(layer).__mro__:
+        if cls is base:
+            return None
+        if kind.kernel in vars(cls):
+            return REPARAMETRISED
+        if "__call__" in vars(cls) and not issubclass(cls, TappedMixin):
+            names = _names(inspect.unwrap(vars(cls)["__call__"]))
+            if kind.kernel in names:
+                return REPARAMETRISED
+            if "super" not in names:
+                return f"{cls.__name__} computes its output in its own way"
+    return None
+
+
+def _names(function: Any) -> set[str]:
+    """The names that occur in a function's code."""
+    codes, names = [getattr(function, "__code__", None)], set()
+    for code in codes:
+        if code is not None:
+            names |= {*code.co_names, *code.co_freevars}
+            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return names

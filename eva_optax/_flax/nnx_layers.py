@@ -1,0 +1,207 @@
+"""Which NNX layers have a rule: what stands beside their kernels, and how their calls are tapped."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from eva_optax._flax.plans import (
+    Plan,
+    Shape,
+    Skip,
+    Tap,
+    convolution_plan,
+    dense_plan,
+    embedding_plan,
+    equation_plan,
+    example_input,
+    general_plan,
+    transposed_plan,
+)
+from eva_optax._flax.registry import Registration, registered_class
+from eva_optax._probes.probe import (
+    KRONECKER,
+    STATISTICS,
+    KernelShapes,
+    Probe,
+    accumulator,
+    probe_axis_names,
+    probe_name,
+    probe_shapes,
+)
+from eva_optax._probes.tap import tap
+from eva_optax._statistics.einsum import Contraction
+
+# A layer's own kernel shape, without the axes that `nnx.vmap` stacks, from the layer and the shape of its kernel.
+OwnShape = Callable[[Any, Shape], Shape]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How layers of one class are tapped, by the plan of a call and the shape that the kernel has in it."""
+
+    build: Callable[..., Plan]
+    own_shape: OwnShape
+    kernel: str = "kernel"
+    registration: Registration | None = None
+
+    def plans(self, layer: Any) -> list[Plan]:
+        """One plan for each kernel of the layer, without an input: of a call whose input has as few axes as can be."""
+        shape = self.own_shape(layer, getattr(layer, self.kernel).shape)
+        return [self.build(layer, shape, _example_input(layer, self, shape))]
+
+    def tapped(self, layer: Any, y: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        """The output `y` of a call, tapped."""
+        kwargs = {key: value for key, value in kwargs.items() if key != "out_sharding"}
+        plan = self.build(layer, getattr(layer, self.kernel).shape, jnp.shape(x), *args, **kwargs)
+        return y if isinstance(plan, Skip) else tap_parameters(layer, plan, jnp.asarray(x), y)
+
+
+class LoRAKind(Kind):
+    """The two small matrices of a LoRA layer, whose intermediate result is hidden in its call."""
+
+    def plans(self, layer: Any) -> list[Plan]:
+        return [
+            Tap(Contraction(getattr(layer, name).shape[-2:], "i", "io", "o", ""), kernel=name, bias=None)
+            for name in ("lora_a", "lora_b")
+        ]
+
+    def tapped(self, layer: Any, y: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        # All is linear: means of the input pass through the first matrix, and zeros added to the output collect the
+        # sum of its cotangent, which passes back through the second.
+        first, second = self.plans(layer)
+        assert isinstance(first, Tap)
+        assert isinstance(second, Tap)
+        x = jnp.asarray(x)
+        mean = jnp.mean(x, tuple(range(x.ndim - 1)), dtype=accumulator(x.dtype))
+        a, b = (jnp.asarray(value[...]).astype(mean.dtype) for value in (layer.lora_a, layer.lora_b))
+        inner = tap_parameters(layer, first, mean, jnp.zeros(a.shape[-1], mean.dtype))
+        product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        outer = tap_parameters(layer, second, product(mean, a), product(inner, b))
+        return y + jnp.broadcast_to(outer, y.shape).astype(y.dtype)
+
+
+def tap_parameters(layer: Any, plan: Tap, x: Array, y: Array) -> Array:
+    """`y`, tapped with the probe beside the plan's kernel; as it is if the layer has none."""
+    bias = plan.bias if getattr(layer, plan.bias or "", None) is not None else None
+    probe = read_probe(layer, plan.kernel, bias)
+    if probe is None:
+        return y
+    wanted = {name: STATISTICS[name].shape(plan.linear_map) for name in STATISTICS if name in probe}
+    given = {name: probe[name].shape for name in wanted}
+    if wanted != given:
+        raise ValueError(
+            f"eva_optax: the call of {type(layer).__name__} wants vectors of shapes {wanted} beside "
+            f"{plan.kernel!r}, but its probe has {given}. An equation must be the one that the layer was made with, "
+            "and a layer stacked by nnx.vmap must run under nnx.vmap or nnx.scan."
+        )
+    return tap(plan.linear_map, bias is not None, probe, x, y)
+
+
+def read_probe(layer: Any, kernel: str, bias: str | None) -> Probe | None:
+    """The arrays of the probe beside these parameters, or None."""
+    probe = (vars(layer).get(KRONECKER) or {}).get(probe_name(kernel, bias))
+    return None if probe is None else {name: variable[...] for name, variable in probe.items()}
+
+
+def new_probe(
+    layer: Any,
+    vectors: KernelShapes,
+    statistics: tuple[str, ...],
+    kernel_name: str,
+    bias: str | None,
+    batch: Shape = (),
+) -> dict[str, nnx.Variable[Any]]:
+    """A probe of zeros for these parameters, stacked as they are.
+
+    Its variables have the kernel's type and its partition names: every filter finds the two together. `batch` are the
+    leading axes of kernel and bias that are counted each for itself.
+    """
+    kernel = getattr(layer, kernel_name)
+    counted = kernel if bias is None else getattr(layer, bias)
+    own = vectors.kernel_shape
+    stacked = stack_axes(own, kernel.shape)
+    sizes = [kernel.shape[axis] for axis in stacked]
+    counter = (*batch, *(1,) * (counted.ndim - len(stacked) - len(batch)))
+    # Kernel and bias are stacked at the same axis, counted from the front.
+    shapes = {
+        name: _insert(shape, stacked, sizes) for name, shape in probe_shapes(vectors, statistics, counter).items()
+    }
+    known = kernel.get_metadata()
+    kept = {name: known[name] for name in ("mesh", "sharding_rules", "eager_sharding") if name in known}
+
+    def variable(name: str, shape: Shape) -> nnx.Variable[Any]:
+        names = {
+            key: probe_axis_names(name, shape, kernel.shape, known[key])
+            for key in ("out_sharding", "sharding_names")
+            if known.get(key) is not None
+        }
+        return type(kernel)(jnp.zeros(shape, accumulator(kernel.dtype)), **kept, **names)
+
+    return {name: variable(name, shape) for name, shape in shapes.items()}
+
+
+def stack_axes(own: Shape, full: Shape) -> tuple[int, ...]:
+    """The axes of a kernel of shape `full` that were stacked upon its `own` shape; leading ones where it is open."""
+    count = len(full) - len(own)
+    for axes in itertools.combinations(range(len(full)), count):
+        if tuple(size for axis, size in enumerate(full) if axis not in axes) == tuple(own):
+            return axes
+    return tuple(range(count))
+
+
+def _insert(shape: Shape, axes: tuple[int, ...], sizes: list[int]) -> Shape:
+    grown = list(shape)
+    for axis, size in zip(axes, sizes, strict=True):
+        grown.insert(axis, size)
+    return tuple(grown)
+
+
+def _example_input(layer: Any, kind: Kind, kernel_shape: Shape) -> Shape:
+    """The shape of an input that the layer may have."""
+    if isinstance(layer, nnx.LinearGeneral):
+        return (1,) * (2 * max(abs(int(axis)) + 1 for axis in (*layer.axis, *layer.batch_axis)))
+    if kind.registration:
+        return example_input(kind.registration.equation_of(layer), kernel_shape)
+    if kind.build is _einsum:
+        return example_input(layer.einsum_str, kernel_shape)
+    return kernel_shape[:1]
+
+
+def _general(layer: Any, kernel_shape: Shape, x_shape: Shape) -> Plan:
+    return general_plan(layer.axis, layer.batch_axis, kernel_shape, x_shape)
+
+
+def _einsum(layer: Any, kernel_shape: Shape, x_shape: Shape, einsum_str: str | None = None) -> Plan:
+    return equation_plan(einsum_str or layer.einsum_str, kernel_shape, x_shape)
+
+
+_KINDS: dict[type, Kind] = {
+    nnx.Linear: Kind(dense_plan, lambda layer, full: (layer.in_features, layer.out_features)),
+    nnx.LinearGeneral: Kind(
+        _general, lambda layer, full: (*layer.batch_axis.values(), *layer.in_features, *layer.out_features)
+    ),
+    nnx.Einsum: Kind(_einsum, lambda layer, full: tuple(layer.kernel_shape)),
+    nnx.Conv: Kind(convolution_plan, lambda layer, full: tuple(layer.kernel_shape)),
+    nnx.ConvTranspose: Kind(transposed_plan, lambda layer, full: tuple(layer.kernel_shape)),
+    nnx.Embed: Kind(embedding_plan, lambda layer, full: (layer.num_embeddings, layer.features), "embedding"),
+    nnx.LoRA: LoRAKind(dense_plan, lambda layer, full: full[-2:], "lora_a"),
+}
+
+
+def kind_of(layer: type) -> Kind | None:
+    """How instances of this very class are tapped; its subclasses may do something else."""
+    registration = registered_class(layer)
+    return _KINDS.get(layer) if registration is None else _registered_kind(registration)
+
+
+@cache
+def _registered_kind(registration: Registration) -> Kind:
+    """The same for equal registrations, so that a class that is registered again has the same tapped class."""
+    return Kind(registration.plan, registration.own_shape, registration.kernel, registration)

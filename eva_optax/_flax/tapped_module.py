@@ -1,0 +1,133 @@
+"""The tapped stand-ins for a Linen module and for a bound one."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from eva_optax._flax.linen import Interceptor, linen_tapping
+from eva_optax._probes.layers import has_probes
+from eva_optax._probes.probe import VECTORS
+
+
+@dataclass(frozen=True)
+class TappedModule:
+    """A Linen module whose calls are tapped; attributes that are not listed here are the module's own."""
+
+    module: nn.Module
+    embeddings: bool = False
+    statistics: tuple[str, ...] = VECTORS
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copy and pickle look for before `module` exists
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        """`module.init`, with probes in "params"."""
+        return self.checked(self._run("init", *args, **kwargs))
+
+    def init_with_output(self, *args: Any, **kwargs: Any) -> Any:
+        """`module.init_with_output`, with probes in "params"."""
+        output, variables = self._run("init_with_output", *args, **kwargs)
+        return output, self.checked(variables)
+
+    def lazy_init(self, *args: Any, **kwargs: Any) -> Any:
+        """`module.lazy_init`, with probes in "params"."""
+        return self.checked(self._run("lazy_init", *args, **kwargs))
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """`module.apply`, tapped."""
+        return self._run("apply", *args, **kwargs)
+
+    def tabulate(self, *args: Any, **kwargs: Any) -> str:
+        """`module.tabulate`, probes included."""
+        return self._run("tabulate", *args, **kwargs)
+
+    def bind(self, *args: Any, **kwargs: Any) -> "BoundModule":
+        """`module.bind`; calls of the bound module's methods and submodules are tapped."""
+        return BoundModule(self.module.bind(*args, **kwargs), self)
+
+    def clone(self, *args: Any, **kwargs: Any) -> "TappedModule":
+        """`module.clone`, tapped."""
+        return replace(self, module=self.module.clone(*args, **kwargs))
+
+    def init_shapes(self, *args: Any, **kwargs: Any) -> tuple[Any, Interceptor]:
+        """The shapes of what `init` returns for a call with these arguments, and what was found about its layers.
+
+        Nothing is computed: arrays, or their `jax.ShapeDtypeStruct`, are traced; everything else is passed as it is.
+        """
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        traced = [leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else None for leaf in leaves]
+
+        def init(key: Any, arrays: Any) -> Any:
+            filled = [leaf if array is None else array for leaf, array in zip(leaves, arrays, strict=True)]
+            args, kwargs = jax.tree.unflatten(structure, filled)
+            return self.module.init(key, *args, **kwargs)
+
+        with self.tapping() as interceptor:
+            return jax.eval_shape(init, jax.random.key(0), traced), interceptor
+
+    def tapping(self) -> AbstractContextManager[Interceptor]:
+        """Taps every Linen call inside, with the options of this model."""
+        return linen_tapping(self.embeddings, self.statistics)
+
+    def _run(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
+        with self.tapping():
+            return getattr(self.module, method)(*args, **kwargs)
+
+    def checked(self, variables: Any) -> Any:
+        """`variables`, if there are probes among their parameters; ValueError if nothing could be tapped."""
+        params = variables.get("params", {})
+        if params and not has_probes(params):
+            raise ValueError(
+                f"eva_optax.tap: {type(self.module).__name__} has parameters, but no layer that can be tapped. "
+                "eva_optax.coverage(model, ...) lists each parameter with the reason."
+            )
+        return variables
+
+
+class BoundModule:
+    """A bound Linen module whose methods, and whose submodules' methods, run tapped."""
+
+    def __init__(self, module: nn.Module, options: TappedModule):
+        self._module = module
+        self._options = options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tapped(self._module)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_module", "_options"):
+            raise AttributeError(name)
+        return self._wrapped(getattr(self._module, name))
+
+    def unbind(self) -> tuple[TappedModule, Any]:
+        """The tapped module and its variables."""
+        module, variables = self._module.unbind()
+        return replace(self._options, module=module), variables
+
+    def _wrapped(self, value: Any) -> Any:
+        """Submodules, also in the containers that `setup` may hold them in, and methods, so that they run tapped."""
+        if isinstance(value, nn.Module):
+            return BoundModule(value, self._options)
+        if isinstance(value, tuple | list) and any(isinstance(item, nn.Module) for item in value):
+            return type(value)(map(self._wrapped, value))
+        if isinstance(value, Mapping) and any(isinstance(item, nn.Module) for item in value.values()):
+            return {key: self._wrapped(item) for key, item in value.items()}
+        return self._tapped(value) if callable(value) else value
+
+    def _tapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._options.tapping():
+                return function(*args, **kwargs)
+
+        return run
+
+
+TappedModule.__module__ = BoundModule.__module__ = "eva_optax"

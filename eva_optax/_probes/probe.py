@@ -1,0 +1,159 @@
+"""A probe's leaves: what they are called, where they stand, which shapes they have, and the unit they are stored in.
+
+Beside a kernel stand, as far as they were asked for, zeros for each *statistic*, and one counter:
+
+    a     the kernel's shape, output axes of size 1   <- receives the mean input
+    b     the kernel's shape, input axes of size 1    <- receives the summed output cotangent
+    n     the bias's rank (the kernel's without a bias), its own last axis of size 2
+                                                      <- receives 1 per call, in the unit of a and b, and in its square
+
+The values of a probe are never used: only its gradient is.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+KRONECKER = "kronecker"
+COUNTER = "n"
+
+Path = tuple[str, ...]
+Shape = tuple[int, ...]
+Probe = dict[str, Any]
+
+# Stored in this unit the statistics are far below the rounding of any gradient, so that a global norm or a clip that
+# is placed before Eva does not see them. A power of two: only exponents change. Half precision has no exponents
+# that small; its unit is one that no sign or other function of single entries leaves behind (see `unit_is_known`).
+UNIT = 2.0**-40
+HALF_UNIT = 0.5
+
+# Every linear operation changes both numbers of a counter alike, up to rounding; Adam's eps of 1e-8 shifts their ratio
+# by 9e-5.
+RATIO_TOLERANCE = 2.0**-16
+
+
+class KernelShapes(Protocol):
+    """What stands beside one kind of kernel."""
+
+    @property
+    def kernel_shape(self) -> Shape: ...
+
+    @property
+    def probe_shapes(self) -> tuple[Shape, Shape]:
+        """Shapes of a and of b."""
+        ...
+
+
+class LinearMap(KernelShapes, Protocol):
+    """How one kind of layer computes its statistics; hashable, because it is static under `jit`."""
+
+    def mean_input(self, x: Array) -> Array:
+        """a: the layer's input averaged over batch and positions, at least float32."""
+        ...
+
+    def sum_cotangent(self, dy: Array) -> Array:
+        """b: the cotangent of the layer's output summed over batch and positions, at least float32."""
+        ...
+
+
+class Statistic(NamedTuple):
+    """What a probe's leaf receives.
+
+    Attributes:
+      of_input: whether it is made from the layer's input, else from the cotangent of its output.
+      compute: makes it from a linear map and that array.
+      shape: its shape beside a kernel.
+    """
+
+    of_input: bool
+    compute: Callable[[LinearMap, Array], Array]
+    shape: Callable[[KernelShapes], Shape]
+
+
+STATISTICS = {
+    "a": Statistic(True, lambda linear_map, x: linear_map.mean_input(x), lambda shapes: shapes.probe_shapes[0]),
+    "b": Statistic(False, lambda linear_map, dy: linear_map.sum_cotangent(dy), lambda shapes: shapes.probe_shapes[1]),
+}
+VECTORS = ("a", "b")
+
+
+def accumulator(dtype: DTypeLike) -> Any:
+    """The dtype in which sums and averages of `dtype` are taken: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def check_statistics(caller: str, statistics: Sequence[str]) -> tuple[str, ...]:
+    """The names in their order; raises ValueError unless "a" is among them, and all are known."""
+    if isinstance(statistics, str) or "a" not in statistics or not set(statistics) <= set(STATISTICS):
+        raise ValueError(
+            f'eva_optax.{caller}: statistics must be ("a", "b") or ("a",), got {statistics!r}. "a" is the mean input, '
+            'which every member of the family needs; "b" is the summed cotangent, which scale_by_eva and eva need.'
+        )
+    return tuple(name for name in STATISTICS if name in statistics)
+
+
+def probe_shapes(shapes: KernelShapes, statistics: Sequence[str], counter: Shape) -> dict[str, Shape]:
+    """The shapes of a probe's leaves; `counter` is all 1 but for the axes that are counted each for itself.
+
+    b is left out only where the axes of the kernel are clear without it: not beside a kernel with batch axes.
+    """
+    a, b = shapes.probe_shapes
+    batched = any(i > 1 and o > 1 for i, o in zip(a, b, strict=True))
+    wanted = STATISTICS if batched else statistics
+    return {name: STATISTICS[name].shape(shapes) for name in wanted} | {COUNTER: (*counter[:-1], 2)}
+
+
+def make_probe(shapes: dict[str, Shape], dtype: DTypeLike) -> Probe:
+    """A probe of zeros beside a kernel of `dtype`."""
+    return {name: jnp.zeros(shape, accumulator(dtype)) for name, shape in shapes.items()}
+
+
+def unit_of(dtype: DTypeLike) -> float:
+    """The unit that a leaf of this dtype is stored in."""
+    return HALF_UNIT if dtype == jnp.float16 else UNIT
+
+
+def unit_is_known(per_unit: Array) -> Array:
+    """Whether `per_unit`, the ratio of a counter's two numbers, is one that a tap leaves."""
+    known = [jnp.abs(per_unit * unit - 1) < RATIO_TOLERANCE for unit in (UNIT, HALF_UNIT)]
+    return known[0] | known[1]
+
+
+def probe_name(kernel: str, bias: str | None) -> str:
+    """The name under which the probe of these parameters stands in the layer's "kronecker" dict."""
+    return kernel if bias is None else f"{kernel},{bias}"
+
+
+def probe_axis_names(leaf: str, shape: Shape, kernel_shape: Shape, names: Sequence[Any]) -> tuple[Any, ...]:
+    """The partition names of a probe's leaf: those of the kernel's axes that it shares; counters are replicated."""
+    if leaf == COUNTER:
+        return (None,) * len(shape)
+    padded = (*names, *(None,) * (len(shape) - len(names)))
+    sizes = zip(padded, shape, kernel_shape, strict=True)
+    return tuple(name if size == full > 1 else None for name, size, full in sizes)
+
+
+def path_names(path: Sequence[Hashable]) -> Path:
+    """A JAX key path as a tuple of names, without the box around a leaf.
+
+    Paths are compared as tuples of names, so that dicts, FrozenDicts, states and boxes with partition names (whose
+    inner value adds a trailing ".value") all look alike.
+    """
+    names = tuple(_key_name(key) for key in path)
+    return names[:-1] if names and isinstance(path[-1], jax.tree_util.GetAttrKey) and names[-1] == "value" else names
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def is_probe(path: Path) -> bool:
+    """Whether the leaf at `path` belongs to a probe."""
+    return KRONECKER in path

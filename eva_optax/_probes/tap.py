@@ -1,0 +1,212 @@
+"""The tap: an identity on a layer's output whose transpose yields the layer's statistics.
+
+Two primitives make it, so that it is right under every derivative:
+
+* `tap` (y, x, probe) -> y. Its derivative in the probe alone is not zero, and computes from x what is needed of it; so
+  evaluation, and differentiation that does not ask for the probe, compute nothing.
+* `collect` (dy, statistics of x, probe tangents) -> dy is that derivative: linear in dy and the probe together. Its
+  transpose hands the cotangent on to dy, and to each leaf of the probe its statistic.
+
+Statistics are taken of the values, as if they were constants: derivatives of a higher order do not see them, because
+the derivative of `collect` leaves out that of its statistics.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import jet
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from eva_optax._probes.probe import COUNTER, STATISTICS, LinearMap, Probe, unit_of
+from eva_optax._probes.rounding_noise import drop_noise
+
+
+def tap(linear_map: LinearMap, has_bias: bool, probe: Probe, x: Array, y: Array) -> Array:
+    """Returns `y`; differentiated, gives `probe` the statistics of the layer `y = x·W + bias` as cotangent.
+
+    Args:
+      linear_map: how the layer's statistics are computed.
+      has_bias: whether the layer adds a bias, that is, whether its homogeneous input is (a, 1).
+      probe: the layer's probe; the statistics are those that it has leaves for.
+      x: the layer's input.
+      y: the layer's output.
+
+    Returns:
+      `y`, unchanged.
+
+    Raises:
+      ValueError: when differentiated, if the batch is empty.
+    """
+    names = tuple(name for name in (*STATISTICS, COUNTER) if name in probe)
+    # Inside `shard_map` a cotangent must vary over the same mesh axes as its primal. Casting the probe also makes
+    # JAX sum its cotangent over those axes, as it does for the kernel.
+    varying = _varying_axes(jax.typeof(x)) | _varying_axes(jax.typeof(y))
+    leaves = [_vary(jnp.asarray(probe[name]), varying) for name in names]
+    return _tap.bind(y, x, *leaves, linear_map=linear_map, has_bias=has_bias, names=names, levels=())
+
+
+def _expand(primitive: Primitive, primals: Sequence[Any], series: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    """Taylor coefficients: those of y, as for the identity."""
+    return primitive.bind(*primals, **params), series[0]
+
+
+_tap, _collect = Primitive("eva_optax_tap"), Primitive("eva_optax_collect")
+for _primitive in (_tap, _collect):
+    _primitive.def_impl(lambda y, *others, **params: y)
+    _primitive.def_abstract_eval(lambda y, *others, **params: y)
+    mlir.register_lowering(_primitive, mlir.lower_fun(lambda y, *others, **params: y, multiple_results=False))
+    jet.jet_rules[_primitive] = partial(_expand, _primitive)
+
+
+def _differentiate_tap(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    y, x, *probe = primals
+    dy, _, *dprobe = tangents
+    out = _tap.bind(*primals, **params)
+    if all(type(tangent) is ad.Zero for tangent in dprobe):
+        return out, dy
+    linear_map, has_bias, names, levels = (params[name] for name in ("linear_map", "has_bias", "names", "levels"))
+    if _is_zero(x.size) or _is_zero(y.size):
+        raise ValueError(
+            f"eva_optax: a tapped layer got an empty batch (input of shape {x.shape}, kernel of shape "
+            f"{linear_map.kernel_shape}): its mean input is not defined. Drop empty batches before the training step."
+        )
+
+    def statistics_of_input(x: Array) -> list[Array]:
+        statistics = []
+        for name, leaf in zip(names, probe, strict=True):
+            if name == COUNTER or not STATISTICS[name].of_input:
+                continue
+            value, unit = STATISTICS[name].compute(linear_map, x), unit_of(leaf.dtype)
+            # With a bias the homogeneous input (a, 1) is never noise.
+            if has_bias or not jnp.issubdtype(x.dtype, jnp.floating):
+                statistics.append(value * unit)
+            else:
+                statistics.append(drop_noise(value, x, mean=True, unit=unit))
+        return statistics
+
+    sizes = y.shape[: len(levels)]
+    of_input = _mapped(statistics_of_input, levels, sizes[::-1])(x)
+    tangent = _collect.bind(
+        ad.instantiate_zeros(dy),
+        *of_input,
+        *map(ad.instantiate_zeros, dprobe),
+        linear_map=linear_map,
+        names=names,
+        level_count=len(levels),
+    )
+    return out, tangent
+
+
+def _differentiate_collect(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    names, count = params["names"], len(primals) - 1 - len(params["names"])
+    dy, of_input, dprobe = tangents[0], primals[1 : 1 + count], tangents[1 + count :]
+    out = _collect.bind(*primals, **params)
+    assert len(dprobe) == len(names)
+    if all(type(tangent) is ad.Zero for tangent in dprobe):
+        return out, dy
+    return out, _collect.bind(ad.instantiate_zeros(dy), *of_input, *map(ad.instantiate_zeros, dprobe), **params)
+
+
+def _transpose_collect(
+    cotangent: Any, dy: Any, *others: Any, linear_map: LinearMap, names: tuple[str, ...], level_count: int
+) -> tuple[Any, ...]:
+    of_input, probe = others[: -len(names)], others[-len(names) :]
+    to_dy = cotangent if ad.is_undefined_primal(dy) else None
+    if type(cotangent) is ad.Zero:
+        return (to_dy, *(None for _ in others))
+    remaining = iter(of_input)
+
+    def statistic(name: str, dtype: Any) -> Array:
+        if name == COUNTER:
+            unit = unit_of(dtype)
+            return jnp.array([unit, unit**2], dtype)
+        if STATISTICS[name].of_input:
+            return next(remaining)
+
+        def of_cotangent(dy: Array) -> Array:
+            total = STATISTICS[name].compute(linear_map, dy)
+            return drop_noise(total, dy, mean=False, unit=unit_of(dtype))
+
+        for _ in range(level_count):
+            of_cotangent = jax.vmap(of_cotangent)
+        return of_cotangent(cotangent)
+
+    statistics = [statistic(name, _aval(leaf).dtype) for name, leaf in zip(names, probe, strict=True)]
+    to_probe = (
+        _like(value, _aval(leaf)) if ad.is_undefined_primal(leaf) else None
+        for value, leaf in zip(statistics, probe, strict=True)
+    )
+    return (to_dy, *(None for _ in of_input), *to_probe)
+
+
+def _batch_tap(arguments: Sequence[Any], axes: Sequence[Any], *, levels: tuple[bool, ...], **params: Any) -> Any:
+    """Every operand gets the new axis in front, but for an x without it, which is looked at once for all."""
+    size = next(value.shape[axis] for value, axis in zip(arguments, axes, strict=True) if axis is not None)
+    y, _, *probe = (_with_axis(value, axis, size) for value, axis in zip(arguments, axes, strict=True))
+    x = arguments[1] if axes[1] is None else jnp.moveaxis(arguments[1], axes[1], 0)
+    return _tap.bind(y, x, *probe, levels=(*levels, axes[1] is not None), **params), 0
+
+
+def _batch_collect(arguments: Sequence[Any], axes: Sequence[Any], *, level_count: int, **params: Any) -> Any:
+    size = next(value.shape[axis] for value, axis in zip(arguments, axes, strict=True) if axis is not None)
+    moved = (_with_axis(value, axis, size) for value, axis in zip(arguments, axes, strict=True))
+    return _collect.bind(*moved, level_count=level_count + 1, **params), 0
+
+
+ad.primitive_jvps[_tap], ad.primitive_jvps[_collect] = _differentiate_tap, _differentiate_collect
+ad.primitive_transposes[_collect] = _transpose_collect
+batching.primitive_batchers[_tap], batching.primitive_batchers[_collect] = _batch_tap, _batch_collect
+
+
+def _with_axis(value: Array, axis: int | None, size: int) -> Array:
+    """`value` with its mapped axis in front; broadcast along one without it, so that its cotangent is summed."""
+    return jnp.broadcast_to(value[None], (size, *value.shape)) if axis is None else jnp.moveaxis(value, axis, 0)
+
+
+def _mapped(
+    function: Callable[[Array], list[Array]], levels: Sequence[bool], sizes: Sequence[int]
+) -> Callable[[Array], list[Array]]:
+    """`function` under as many `vmap`s as there are levels, innermost first; where x lacks an axis, repeated."""
+    for mapped, size in zip(levels, sizes, strict=True):
+        function = jax.vmap(function, 0 if mapped else None, axis_size=size)
+    return function
+
+
+def _is_zero(size: Any) -> bool:
+    return isinstance(size, int) and size == 0  # a symbolic size is not known
+
+
+def _aval(leaf: Any) -> Any:
+    return leaf.aval if ad.is_undefined_primal(leaf) else jax.typeof(leaf)
+
+
+def _varying_axes(aval: Any) -> frozenset[str]:
+    """The mesh axes of the enclosing `shard_map` over which an array of this type may differ."""
+    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # renamed in JAX 0.10
+
+
+def _vary(leaf: Array, axes: frozenset[str]) -> Array:
+    missing = tuple(sorted(axes - _varying_axes(jax.typeof(leaf))))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+
+def _like(value: Array, aval: Any) -> Array:
+    """`value` with the shape, dtype, varying axes and sharding of `aval`."""
+    value = value.astype(aval.dtype)
+    value = value if value.shape == aval.shape else jnp.broadcast_to(value, aval.shape)
+    value = _vary(value, _varying_axes(aval))
+    return _sharded(value, aval.sharding)
+
+
+def shard_like(value: Array, leaf: Array) -> Array:
+    """`value` with the sharding of `leaf`, where shardings are part of the types (explicit mesh axes)."""
+    return _sharded(value, jax.typeof(leaf).sharding)
+
+
+def _sharded(value: Array, wanted: Any) -> Array:
+    return value if jax.typeof(value).sharding.spec == wanted.spec else jax.sharding.reshard(value, wanted)

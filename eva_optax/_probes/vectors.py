@@ -1,0 +1,125 @@
+"""What the gradients of probes say: counters, and the Kronecker vectors as a user sees them."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+
+from eva_optax._probes.layers import take_apart
+from eva_optax._probes.layout import Layout
+from eva_optax._probes.probe import COUNTER, KRONECKER, UNIT, accumulator, unit_is_known
+
+
+class Scales(NamedTuple):
+    """What the statistics of some layers are multiplied by, to be rid of their unit and their scaling.
+
+    Attributes:
+      used: whether each layer was used in this step.
+      mean: for a mean over the batch, such as a: the scaling of the gradients is undone, and calls are averaged.
+      total: for a sum over the batch, such as b: it keeps the scaling that the gradients have.
+    """
+
+    used: Array
+    mean: Array
+    total: Array
+
+
+def read_counters(count: Array, unit: Array, names: tuple[str, ...]) -> Scales:
+    """The scales of layers from the two numbers of their counters.
+
+    Both scales are NaN where the numbers are no gradients of a probe, because something changed them entry by entry.
+
+    Args:
+      count: the first numbers, one array for some layers.
+      unit: the second ones.
+      names: the layers, for the message, stacked along the first axis of both.
+
+    Raises:
+      ValueError: if they are no gradients, and the values are known (not under `jit`).
+    """
+    used = count != 0
+    safe = jnp.where(used, count, 1)
+    ratio = safe / jnp.where(unit == 0, 1, unit)
+    foreign = used & ~unit_is_known(ratio)
+    _refuse_foreign(foreign & jnp.isfinite(ratio), ratio, names)
+    scale = jnp.where(foreign, jnp.nan, 1.0).astype(count.dtype)
+    return Scales(used, scale / safe, jnp.where(used, scale * ratio, 0))
+
+
+def _refuse_foreign(foreign: Array, ratio: Array, names: tuple[str, ...]) -> None:
+    if isinstance(foreign, Tracer) or not foreign.is_fully_addressable or not bool(foreign.any()):
+        return
+    index = int(jnp.argmax(foreign.ravel()))
+    name = names[index * len(names) // ratio.size]
+    raise ValueError(
+        f"eva_optax: what layer {name!r} has below {KRONECKER!r} is not the gradient of "
+        f"a probe: its counters have the ratio {float(ratio.ravel()[index]):.7g}, a gradient has {1 / UNIT:.7g}. "
+        "Something before Eva changes gradients entry by entry (Adam, sign, noise). Put Eva first: "
+        "optax.chain(eva_optax.scale_by_eva(), optax.adam(1e-3)). Before it only linear operations make sense: "
+        "averages, clip_by_global_norm, weight decay."
+    )
+
+
+class KroneckerVectors(NamedTuple):
+    """The Kronecker vectors of one layer, in the kernel's rank: `a * b` broadcasts to the kernel.
+
+    Attributes:
+      a: the mean input; the kernel's shape with its output axes set to 1.
+      b: the summed output cotangent; the kernel's shape with its input axes set to 1. None where the model was tapped
+        without it.
+    """
+
+    a: Array
+    b: Array | None
+
+
+KroneckerVectors.__module__ = "eva_optax"
+
+
+def vectors(grads: Any) -> dict[str, KroneckerVectors]:
+    """The Kronecker vectors in a tree of gradients, by layer path.
+
+    .. math::  a = \\frac{1}{N P} \\sum_{n,p} x_{np}, \\qquad b = \\sum_{n,p} \\partial L / \\partial y_{np}
+
+    Args:
+      grads: gradients of a tapped model's parameters, as `jax.grad` returns them, at any nesting depth.
+
+    Returns:
+      A dict from layer path ("Block_0/Dense_1") to `KroneckerVectors`, float32 (float64 beside float64 parameters), in
+      the kernel's rank. `a` is divided by the number of calls of the layer. A layer that the loss did not use has
+      zeros. For a grouped convolution `a` is repeated, so that `a * b` broadcasts to the kernel here too.
+
+    Raises:
+      ValueError: if `grads` holds no probes, a probe does not fit its kernel, or what it holds is no longer a gradient
+        (known only outside of `jit`).
+
+    Source: Zhang, Shi and Li, "Eva: Practical Second-order Optimization with Kronecker-vectorized Approximation", ICLR
+    2023 (the Kronecker vectors; b here is a sum, so that it equals the bias gradient).
+
+    Example:
+      >>> import eva_optax, flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x = eva_optax.tap(nn.Dense(2)), jnp.ones((4, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> grads = jax.grad(lambda p: model.apply({"params": p}, x).sum())(params)
+      >>> eva_optax.vectors(grads)[""].b
+      Array([[4., 4.]], dtype=float32)
+    """
+    tree = take_apart(grads)
+    if not tree.layers:
+        raise ValueError(
+            "eva_optax.vectors: no probes in the tree. Give it the gradients of a tapped model's parameters: "
+            "model = eva_optax.tap(model), then model.init or eva_optax.attach."
+        )
+    found = {}
+    for layer in tree.layers:
+        layout, leaves = layer.layout, {name: jnp.asarray(tree.leaves[place]) for name, place in layer.probe.items()}
+        leaves = {name: leaf.astype(accumulator(leaf.dtype)) for name, leaf in leaves.items()}
+        scales = read_counters(*layout.counter_to_kernel_axes(leaves[COUNTER][None]), (layer.name,))
+
+        def scaled(leaf: Array, scale: Array, layout: Layout = layout) -> Array:
+            return layout.merge_groups(layout.split_groups(leaf) * scale[0], leaf.shape)
+
+        b = scaled(leaves["b"], scales.total) if "b" in leaves else None
+        found[layer.name] = KroneckerVectors(layout.repeat_groups(scaled(leaves["a"], scales.mean)), b)
+    return found

@@ -1,0 +1,1 @@
+"""Optax: gradient transformations that read the gradients of probes."""

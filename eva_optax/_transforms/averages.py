@@ -1,0 +1,41 @@
+"""One step of the running averages: what is new of each layer enters them, and what is not finite does not."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from eva_optax._probes.fusion import materialize
+from eva_optax._probes.probe import STATISTICS
+from eva_optax._probes.vectors import Scales
+
+Vectors = dict[str, Array]
+
+
+def update_moving_average(
+    new: Vectors, old: Vectors, started: Array, scales: Scales | None, decay: ArrayLike
+) -> Vectors:
+    """m ← decay·m + (1 − decay)·new for the stacked vectors of some layers, the first value as it is.
+
+    Without meaning where a layer was not used, or its vectors are not finite (see `keep_finite`).
+
+    Args:
+      new: what the probes received, or the statistics themselves where `scales` is None.
+      old: the averages.
+      started: whether there is an average.
+      scales: what `new` has to be multiplied by.
+      decay: the weight of the old value.
+    """
+    weight = jnp.where(started == 0, 0, jnp.asarray(decay, started.dtype))
+
+    def mixed(name: str) -> Array:
+        share = 1 - weight
+        if scales is not None:
+            share = share * (scales.mean if STATISTICS[name].of_input else scales.total)
+        return weight * old[name] + share * new[name]
+
+    return materialize({name: mixed(name) for name in old})
+
+
+def keep_finite(valid: Array, new: Vectors, old: Vectors) -> Vectors:
+    """The averages: the new ones where they are valid."""
+    return materialize({name: jnp.where(valid, new[name], old[name]) for name in old})
