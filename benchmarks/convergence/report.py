@@ -7,13 +7,12 @@ from pathlib import Path
 
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from optimizers import OPTIMIZERS, Optimizer
-from records import Records
-from rich.console import Console
-from rich.markdown import Markdown
-from tasks import TASKS
 
-BEGIN, END = "<!-- tables: written by benchmarks/convergence.py --report -->", "<!-- end of the tables -->"
+from benchmarks.common.results import publish, table
+from benchmarks.convergence.optimizers import OPTIMIZERS, Optimizer
+from benchmarks.convergence.records import Records
+from benchmarks.convergence.tasks import TASKS
+
 HEADER = ("optimizer", "rate", "train loss", "valid. loss", "ms per step", "steps to loss", "seconds to loss")
 
 
@@ -74,10 +73,8 @@ def tables(records: Records, found: dict[tuple[str, str], Summary]) -> str:
     for task in dict.fromkeys(task for task, _ in found):
         steps = next(iter(records.tests(task, next(n for t, n in found if t == task)).values())).steps
         rows = [summary.row(name) for (here, name), summary in found.items() if here == task]
-        rule = ("---",) + ("---:",) * (len(HEADER) - 1)
-        lines = ["| " + " | ".join(row) + " |" for row in (HEADER, rule, *rows)]
-        parts.append("\n".join([f"### {task}: {steps} steps of {TASKS[task].batch_size} examples", "", *lines, ""]))
-    return "\n".join(parts)
+        parts.append(f"### {task}: {steps} steps of {TASKS[task].batch_size} examples\n\n{table(HEADER, rows)}")
+    return "\n\n".join(parts)
 
 
 PANELS: dict[str, Callable[[Summary], float]] = {
@@ -113,17 +110,10 @@ def plot(found: dict[tuple[str, str], Summary]) -> Figure:
 
 def write(records: Records, directory: Path) -> None:
     """Prints the tables, puts them into `convergence.md` of the directory, and draws `convergence.png` there."""
-    found, console = summaries(records), Console()
-    console.width = max(console.width, 130)  # of the tables
+    found = summaries(records)
     if not found:
-        console.print("Nothing to report: no optimizer has been tested together with its baseline yet.")
+        print("Nothing to report: no optimizer has been tested together with its baseline yet.")
         return
-    text = tables(records, found)
-    console.print(Markdown(text))
-    directory.mkdir(parents=True, exist_ok=True)
-    page = directory / "convergence.md"
-    before, _, rest = (page.read_text() if page.exists() else f"{BEGIN}\n{END}\n").partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
+    publish(tables(records, found), directory / "convergence.md", "convergence")
     if any(OPTIMIZERS[name].baseline != name for _, name in found):
         plot(found).savefig(directory / "convergence.png", dpi=110)
-    console.print(f"Tables: {page}, plot: {directory / 'convergence.png'}", soft_wrap=True)

@@ -8,11 +8,10 @@ or updated in place, the part that is touched counts. What an instruction reads 
 The payload of a collective is what it hands to the network: its operand, or for an all-gather its result.
 """
 
-import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+
+from benchmarks.cost.hlo import Instruction, Shape, parse_program
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # Instructions that move nothing: names for buffers, and control flow, whose computations are walked instead.
@@ -25,94 +24,11 @@ LIBRARY_CALL = re.compile(r'custom_call_target="__cu')
 NO_TRAFFIC_CALLS = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "AssumeGatherIndices")
 
 
-class Shape(NamedTuple):
-    """An array type with its layout, such as f32[12,768]{1,0:T(8,128)S(1)}."""
-
-    dtype: str
-    dims: tuple[int, ...]
-    order: tuple[int, ...]  # axes, the minor one first
-    tile: tuple[int, ...]
-    space: int  # 0 is HBM
-
-    @property
-    def entry_bytes(self) -> float:
-        """Bytes of one entry."""
-        if self.dtype == "pred":
-            return 1
-        bits = re.search(r"\d+", self.dtype)
-        return int(bits[0]) / 8 if bits else 0  # tokens have none
-
-    @property
-    def payload(self) -> float:
-        """Bytes of the values."""
-        return math.prod(self.dims) * self.entry_bytes
-
-    @property
-    def bytes(self) -> float:
-        """Bytes in memory: the minor axes are padded to whole tiles."""
-        sizes = [self.dims[axis] for axis in self.order]
-        tile = self.tile[::-1]
-        sizes += [1] * (len(tile) - len(sizes))
-        padded = [-(-size // tile[i]) * tile[i] if i < len(tile) else size for i, size in enumerate(sizes)]
-        return math.prod(padded) * self.entry_bytes
-
-    @property
-    def hbm(self) -> float:
-        return 0 if self.space else self.bytes
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line of HLO; `shapes` are the leaves of its type."""
-
-    name: str
-    opcode: str
-    shapes: tuple[Shape, ...]
-    operands: tuple[str, ...]
-    attributes: str
-    root: bool
-
-    def called(self, *attributes: str) -> list[str]:
-        """The computations that these attributes name."""
-        found = []
-        for attribute in attributes:
-            match = re.search(rf"\b{attribute}=(?:%?([\w.\-]+)|\{{([^}}]*)\}})", self.attributes)
-            if match:
-                found += [match[1]] if match[1] else re.findall(r"[\w.\-]+", match[2])
-        return found
-
-
-Computation = dict[str, Instruction]
-
-
-@dataclass
 class Program:
-    """A parsed module: its computations by name."""
+    """A compiled program, from what `compiled.as_text()` gives."""
 
-    computations: dict[str, Computation] = field(default_factory=dict)
-    entry: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> "Program":
-        """Reads what `compiled.as_text()` gives.
-
-        Raises:
-          ValueError: if the text holds no entry computation.
-        """
-        program, current = cls(), None
-        for line in text.splitlines():
-            header = re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$", line)
-            if header and not line.startswith("HloModule"):
-                current = program.computations.setdefault(header[2], {})
-                program.entry = header[2] if header[1] else program.entry
-            elif line.startswith("}"):
-                current = None
-            elif current is not None and " = " in line:
-                instruction = _parse_line(line)
-                current[instruction.name] = instruction
-        if not program.entry:
-            raise ValueError("benchmarks.hlo: the text holds no ENTRY computation; give it compiled.as_text().")
-        return program
+    def __init__(self, text: str) -> None:
+        self.computations, self.entry = parse_program(text)
 
     def walk(self) -> Iterator[tuple[str, Instruction, float]]:
         """Every instruction that runs, with its computation and how often it runs; fusions are not entered."""
@@ -149,7 +65,7 @@ class Program:
         values = [re.match(r"constant\((\d+)\)", one.attributes) for one in constants]
         numbers = [int(value[1]) for value in values if value]
         if len(numbers) != 1:
-            raise ValueError(f"benchmarks.hlo: cannot tell how often loop {loop.name} runs.")
+            raise ValueError(f"benchmarks.cost.program: cannot tell how often loop {loop.name} runs.")
         return numbers[0]
 
     def hbm_bytes(self) -> float:
@@ -165,6 +81,10 @@ class Program:
         """How many instructions run; on a GPU each is a kernel, or a call of a library."""
         idle = ("-done", "-update")
         return sum(times for _, one, times in self.walk() if one.opcode not in FREE and not one.opcode.endswith(idle))
+
+    def entry_instructions(self) -> int:
+        """Instructions of the entry computation: a loop and a fusion are one each, names of buffers none."""
+        return sum(one.opcode not in NAMES for one in self.computations[self.entry].values())
 
     def collectives(self) -> dict[str, tuple[float, float]]:
         """For each kind of collective how many run, and their payload in bytes."""
@@ -271,50 +191,3 @@ class Program:
         if len(names) != len(results):
             return total + sum(shape.hbm for shape in results)
         return total + sum(written(name, shape) for name, shape in zip(names, results, strict=True))
-
-
-_ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^{}]*)\})?")
-
-
-def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """The array types in `text`, a type or a tuple of types."""
-    shapes = []
-    for dtype, dims, layout in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", text)):
-        order, _, rest = layout.partition(":")
-        sizes = tuple(int(size.removeprefix("<=")) for size in dims.split(",") if size)
-        axes = tuple(int(axis) for axis in order.split(",") if axis)
-        tile = re.match(r"T\(([\d,]+)\)", rest)
-        space = re.search(r"S\((\d+)\)", rest)
-        shapes.append(
-            Shape(
-                dtype,
-                sizes,
-                axes if len(axes) == len(sizes) else tuple(reversed(range(len(sizes)))),
-                tuple(int(size) for size in tile[1].split(",")) if tile else (),
-                int(space[1]) if space else 0,
-            )
-        )
-    return tuple(shapes)
-
-
-def _parse_line(line: str) -> Instruction:
-    name, _, rest = line.strip().partition(" = ")
-    root = name.startswith("ROOT ")
-    type_end = _matching(rest, 0) if rest.startswith("(") else rest.index(" ")
-    shapes, rest = parse_shapes(rest[:type_end]), rest[type_end:].lstrip()
-    opcode, _, _ = rest.partition("(")
-    end = _matching(rest, len(opcode))
-    operands = re.findall(r"%([\w.\-]+)", rest[len(opcode) : end])
-    # A constant's value and a parameter's number stand where operands do.
-    attributes = rest if opcode in ("constant", "parameter") else rest[end:]
-    return Instruction(name.removeprefix("ROOT ").lstrip("%"), opcode, shapes, tuple(operands), attributes, root)
-
-
-def _matching(text: str, start: int) -> int:
-    """The position behind the bracket that closes the one at `start`."""
-    depth = 0
-    for position in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[position], 0)
-        if depth == 0:
-            return position + 1
-    raise ValueError(f"benchmarks.hlo: a bracket is not closed in {text[:200]!r}.")

@@ -1,10 +1,8 @@
 """One training run of the convergence benchmark, and the time of a step."""
 
 import math
-import random
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -15,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from optimizers import Optimizer
-from tasks import Task
 
 import eva_optax
+from benchmarks.common.timing import Carrying, in_turn
+from benchmarks.common.training import step_of
+from benchmarks.convergence.optimizers import Optimizer
+from benchmarks.convergence.tasks import Task
 
 POINTS = 25  # evaluations of a run, the last one after its last step
 
@@ -52,21 +52,12 @@ def schedule(rate: Array, steps: Array) -> optax.Schedule:
 
 @cache
 def train_step(model: Any, loss: Callable[[Array, Array], Array], optimizer: Optimizer) -> Callable[..., Any]:
-    """A jitted step from (parameters, statistics, state): one compilation for all rates, seeds and horizons."""
+    """A jitted step from (parameters, state, statistics): one compilation for all rates, seeds and horizons."""
     model = eva_optax.tap(model) if optimizer.tapped else model
 
     @partial(jax.jit, donate_argnums=0)
     def step(carry: Any, rate: Array, steps: Array, inputs: Array, targets: Array) -> Any:
-        params, statistics, state = carry
-
-        def objective(params: Any) -> tuple[Array, Any]:
-            variables = {"params": params, **statistics}
-            outputs, updated = model.apply(variables, inputs, mutable=["batch_stats"])
-            return loss(outputs, targets), updated
-
-        grads, statistics = jax.grad(objective, has_aux=True)(params)
-        updates, state = optimizer.build(schedule(rate, steps)).update(grads, state, params)
-        return optax.apply_updates(params, updates), statistics, state
+        return step_of(model, loss, optimizer.build(schedule(rate, steps)))(*carry, inputs, targets)
 
     return step
 
@@ -90,11 +81,11 @@ def forget_programs() -> None:
 
 
 def start(task: Task, optimizer: Optimizer, seed: int) -> Any:
-    """Parameters, statistics and state. The parameters are the same with and without probes."""
+    """Parameters, state and statistics. The parameters are the same with and without probes."""
     variables = dict(_initialization(task.model)(jax.random.key(seed), task.load().train.inputs[:1]))
     params = variables.pop("params")
     params = params if optimizer.tapped else eva_optax.strip(params)
-    return params, variables, optimizer.build(schedule(jnp.ones(()), jnp.ones(()))).init(params)
+    return params, optimizer.build(schedule(jnp.ones(()), jnp.ones(()))).init(params), variables
 
 
 def train(
@@ -109,7 +100,7 @@ def train(
     carry, curve = start(task, optimizer, seed), []
 
     def loss(inputs: Array, targets: Array) -> float:
-        return float(evaluate(eva_optax.strip(carry[0]), carry[1], inputs, targets))
+        return float(evaluate(eva_optax.strip(carry[0]), carry[2], inputs, targets))
 
     for chunk in chunks:
         for batch in chunk:
@@ -122,20 +113,14 @@ def train(
     return Run(steps, curve, loss(*validation_part))
 
 
-def time_steps(task: Task, optimizers: Sequence[Optimizer], rounds: int = 30) -> dict[str, float]:
-    """The median seconds of a step of each optimizer. They take turns, so that what else the machine does slows all.
-
-    Each round has an order of its own: what one step leaves in caches and memory must not always meet the same other.
-    """
+def time_steps(task: Task, optimizers: Mapping[str, Optimizer], rounds: int = 30) -> dict[str, float]:
+    """The median seconds of a step of each optimizer."""
     data = task.load().train
-    batch = data.inputs[: task.batch_size], data.targets[: task.batch_size]
-    arguments = jnp.float32(1e-4), jnp.float32(100), *batch
-    steps = {o.name: train_step(task.model, task.loss, o) for o in optimizers}
-    carries = {o.name: start(task, o, seed=0) for o in optimizers}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name in random.Random(turn).sample(list(steps), len(steps)):
-            begin = time.perf_counter()
-            carries[name] = jax.block_until_ready(steps[name](carries[name], *arguments))
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first may compile
+    rest = jnp.float32(1e-4), jnp.float32(100), data.inputs[: task.batch_size], data.targets[: task.batch_size]
+
+    def repeated(optimizer: Optimizer) -> Carrying:
+        step = train_step(task.model, task.loss, optimizer)
+        return Carrying(lambda carry, *rest: (step(carry, *rest),), (start(task, optimizer, seed=0),), *rest)
+
+    seconds = in_turn({name: repeated(optimizer) for name, optimizer in optimizers.items()}, rounds)
+    return {name: statistics.median(times) for name, times in seconds.items()}

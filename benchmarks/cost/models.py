@@ -30,8 +30,8 @@ class Case:
     targets: jax.ShapeDtypeStruct
     loss: Callable[[Any, Any], Array]
     classes: int = 1
-    columns: tuple[str, ...] = ()
-    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ("query", "key", "value", "up")
+    rows: tuple[str, ...] = ("out", "down")
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -42,35 +42,54 @@ def squared_error(outputs: Array, targets: Array) -> Array:
     return jnp.mean((outputs - targets) ** 2)
 
 
+class Kernels(nn.Module):
+    """Dense kernels without biases, by name, input and output width; `stacked` of each in one array."""
+
+    shapes: tuple[tuple[Any, ...], ...]
+    stacked: int = 0
+
+    @nn.compact
+    def __call__(self) -> None:
+        dense = nn.Dense
+        if self.stacked:
+            axes: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None}
+            dense = nn.vmap(dense, axis_size=self.stacked, **axes)
+        for name, rows, columns in self.shapes:
+            dense(columns, use_bias=False, name=name)(jnp.ones((1, rows)))
+
+
 class MLP(nn.Module):
     """Dense layers of one width, up and down in turn."""
 
     width: int
     layers: int
+    activation: Callable[[Array], Array] = nn.relu
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for layer in range(self.layers):
+            x = x if layer == 0 else self.activation(x)
             x = nn.Dense(self.width, name=f"{'down' if layer % 2 else 'up'}_{layer}")(x)
-            x = x if layer == self.layers - 1 else nn.relu(x)
         return x
 
 
-class DecoderBlock(nn.Module):
+class Block(nn.Module):
     """A pre-LN transformer block with the signature that `nn.scan` wants."""
 
-    width: int
     heads: int
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:
-        heads = (self.heads, self.width // self.heads)
+        width = x.shape[-1]
         y = nn.LayerNorm()(x)
-        query, key, value = (nn.DenseGeneral(heads, name=name)(y) for name in ("query", "key", "value"))
-        y = nn.dot_product_attention(query, key, value, mask=nn.make_causal_mask(y[..., 0]))
-        x = x + nn.DenseGeneral(self.width, axis=(-2, -1), name="out")(y)
-        y = nn.gelu(nn.Dense(4 * self.width, name="up")(nn.LayerNorm()(x)))
-        return x + nn.Dense(self.width, name="down")(y), None
+        query, key, value = (
+            nn.DenseGeneral((self.heads, width // self.heads), name=name)(y) for name in ("query", "key", "value")
+        )
+        y = nn.dot_product_attention(query, key, value, mask=nn.make_causal_mask(y[..., 0]) if self.causal else None)
+        x = x + nn.DenseGeneral(width, axis=(-2, -1), name="out")(y)
+        y = nn.gelu(nn.Dense(4 * width, name="up")(nn.LayerNorm()(x)))
+        return x + nn.Dense(width, name="down")(y), None
 
 
 class GPT(nn.Module):
@@ -88,13 +107,32 @@ class GPT(nn.Module):
         positions = self.param("positions", nn.initializers.normal(0.02), (1, tokens.shape[1], self.width))
         x = embed(tokens) + positions
         if self.scan:
-            block = nn.remat(DecoderBlock, prevent_cse=False)
+            block = nn.remat(Block, prevent_cse=False)
             stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
-            x, _ = stack(self.width, self.heads, name="blocks")(x, None)
+            x, _ = stack(self.heads, name="blocks")(x, None)
         else:
             for layer in range(self.layers):
-                x, _ = DecoderBlock(self.width, self.heads, name=f"block_{layer}")(x, None)
+                x, _ = Block(self.heads, name=f"block_{layer}")(x, None)
         return embed.attend(nn.LayerNorm()(x))
+
+
+class ViT(nn.Module):
+    """A vision transformer that pools by the mean."""
+
+    classes: int
+    width: int
+    layers: int
+    heads: int
+    patch: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.Conv(self.width, (self.patch,) * 2, (self.patch,) * 2, "VALID", name="patches")(x)
+        x = x.reshape(x.shape[0], -1, self.width)
+        x = x + self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
+        for layer in range(self.layers):
+            x, _ = Block(self.heads, causal=False, name=f"block_{layer}")(x, None)
+        return nn.Dense(self.classes, name="head")(nn.LayerNorm()(x).mean(1))
 
 
 class Bottleneck(nn.Module):
@@ -117,9 +155,9 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A residual network of bottlenecks; stages (3, 4, 6, 3) and 64 filters make ResNet-50."""
 
+    classes: int
     stages: tuple[int, ...] = (3, 4, 6, 3)
     filters: int = 64
-    classes: int = 1000
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -149,97 +187,22 @@ class Bottlenecks(nn.Module):
         return x.mean((1, 2))
 
 
-class EncoderBlock(nn.Module):
-    """A block of a vision transformer."""
-
-    heads: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        y = nn.LayerNorm()(x)
-        x = x + nn.MultiHeadDotProductAttention(self.heads, name="attention")(y, y)
-        y = nn.gelu(nn.Dense(4 * x.shape[-1], name="up")(nn.LayerNorm()(x)))
-        return x + nn.Dense(x.shape[-1], name="down")(y)
-
-
-class ViT(nn.Module):
-    """A vision transformer that pools by the mean."""
-
-    width: int
-    layers: int
-    heads: int
-    patch: int
-    classes: int = 1000
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = nn.Conv(self.width, (self.patch,) * 2, (self.patch,) * 2, "VALID", name="patches")(x)
-        x = x.reshape(x.shape[0], -1, self.width)
-        x = x + self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
-        for layer in range(self.layers):
-            x = EncoderBlock(self.heads, name=f"block_{layer}")(x)
-        return nn.Dense(self.classes, name="head")(nn.LayerNorm()(x).mean(1))
-
-
-def mlp(batch: int, width: int, layers: int = 3) -> Case:
+def mlp(batch: int, width: int, layers: int = 3, activation: Callable[[Array], Array] = nn.relu) -> Case:
     x = jax.ShapeDtypeStruct((batch, width), jnp.float32)
-    return Case(MLP(width, layers), x, x, squared_error, columns=("up",), rows=("down",))
+    return Case(MLP(width, layers, activation), x, x, squared_error)
 
 
 def gpt(batch: int, length: int, width: int, layers: int, heads: int, vocabulary: int, scan: bool = False) -> Case:
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    model = GPT(vocabulary, width, layers, heads, scan)
-    return Case(model, tokens, tokens, cross_entropy, vocabulary, ("query", "key", "value", "up"), ("out", "down"))
+    return Case(GPT(vocabulary, width, layers, heads, scan), tokens, tokens, cross_entropy, vocabulary)
 
 
-def images(model: nn.Module, batch: int, size: int, classes: int) -> Case:
+def images(batch: int, size: int, model: ResNet | ViT) -> Case:
     x = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
-    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return Case(model, x, labels, cross_entropy, classes, ("query", "key", "value", "up"), ("out", "down"))
+    return Case(model, x, jax.ShapeDtypeStruct((batch,), jnp.int32), cross_entropy, model.classes)
 
 
 def bottlenecks(batch: int, size: int, blocks: int, filters: int) -> Case:
     x = jax.ShapeDtypeStruct((batch, size, size, 2 * filters), jnp.float32)
     y = jax.ShapeDtypeStruct((batch, 4 * filters), jnp.float32)
     return Case(Bottlenecks(blocks, filters), x, y, squared_error)
-
-
-# A case from the number of chips that share the batch: its batch is so many times that of one chip. By size: "full" for
-# accelerators and for compilers, "small" for a CPU, "tiny" for tests.
-CASES: dict[str, dict[str, Callable[[int], Case]]] = {
-    "mlp": {
-        "full": lambda n: mlp(1024 * n, 2048),
-        "small": lambda n: mlp(1024 * n, 2048),
-        "tiny": lambda n: mlp(8 * n, 64),
-    },
-    "gpt-1": {  # one block: the vocabulary weighs most
-        "full": lambda n: gpt(n, 1024, 768, 1, 12, 50304),
-        "small": lambda n: gpt(n, 256, 256, 1, 4, 8192),
-        "tiny": lambda n: gpt(n, 32, 32, 1, 2, 128),
-    },
-    "gpt-12": {
-        "full": lambda n: gpt(n, 1024, 768, 12, 12, 50304),
-        "small": lambda n: gpt(4 * n, 128, 256, 4, 4, 4096),
-        "tiny": lambda n: gpt(n, 32, 32, 2, 2, 128),
-    },
-    "gpt-12-scan": {
-        "full": lambda n: gpt(n, 1024, 768, 12, 12, 50304, scan=True),
-        "small": lambda n: gpt(4 * n, 128, 256, 4, 4, 4096, scan=True),
-        "tiny": lambda n: gpt(n, 32, 32, 2, 2, 128, scan=True),
-    },
-    "bottlenecks": {
-        "full": lambda n: bottlenecks(16 * n, 56, 3, 128),
-        "small": lambda n: bottlenecks(16 * n, 28, 3, 64),
-        "tiny": lambda n: bottlenecks(n, 8, 1, 8),
-    },
-    "resnet50": {
-        "full": lambda n: images(ResNet(), 16 * n, 224, 1000),
-        "small": lambda n: images(ResNet(classes=100), 8 * n, 64, 100),
-        "tiny": lambda n: images(ResNet((1, 1), 8, 16), n, 32, 16),
-    },
-    "vit": {
-        "full": lambda n: images(ViT(768, 12, 12, 16), 8 * n, 224, 1000),
-        "small": lambda n: images(ViT(192, 3, 3, 16, 100), 16 * n, 96, 100),
-        "tiny": lambda n: images(ViT(32, 1, 2, 8, 16), n, 32, 16),
-    },
-}

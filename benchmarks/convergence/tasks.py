@@ -1,10 +1,8 @@
 """The tasks of the convergence benchmark: a model, its loss, its data, and the centres of the learning rates."""
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,9 +12,7 @@ from jax import Array
 from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import characters
-import digits
+from examples import characters, digits
 
 
 class Examples(NamedTuple):

@@ -1,0 +1,1 @@
+"""What Eva costs, and what it gains: `python -m benchmarks.cost` and `python -m benchmarks.convergence`."""

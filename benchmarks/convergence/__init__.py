@@ -1,0 +1,1 @@
+"""How fast and how far optimizers train with and without Eva."""

@@ -1,0 +1,76 @@
+"""The optimizers of the convergence benchmark: three baselines, and each member of the family chained with them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+import eva_optax
+
+Build = Callable[[optax.Schedule], optax.GradientTransformation]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How an optimizer is made from its schedule.
+
+    Attributes:
+      baseline: the name of the one that it is compared with, its own for a baseline.
+      tapped: whether it needs a tapped model. The baselines do without, so that they pay for nothing.
+    """
+
+    name: str
+    baseline: str
+    build: Build
+    tapped: bool = True
+
+
+def muon_dimensions(params: Any) -> Any:
+    """Every kernel is orthogonalised, stacked ones one by one, those of convolutions as (patch, channels).
+
+    Embeddings and the language model's head go to Adam, as is usual; so it trains better than with the head included.
+    """
+    numbers = optax.contrib.MuonDimensionNumbers
+    by_rank = {2: numbers(0, 1), 3: numbers(1, 2), 4: numbers((0, 1, 2), 3)}  # Dense, stacked Dense, Conv
+
+    def dimensions(path: tuple[Any, ...], leaf: Any) -> Any:
+        return by_rank[leaf.ndim] if path[-1].key == "kernel" and path[0].key != "head" else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+BASELINES: dict[str, Build] = {
+    "sgd": lambda rate: optax.sgd(rate, momentum=0.9),
+    "adamw": lambda rate: optax.adamw(rate, b2=0.95, weight_decay=0.0),
+    "muon": lambda rate: optax.contrib.muon(rate, adam_b2=0.95, muon_weight_dimension_numbers=muon_dimensions),
+}
+
+
+def _behind(base: str) -> list[Optimizer]:
+    """The members of the family in front of a baseline, and the mean input taken out of its gradients."""
+    build = BASELINES[base]
+    return [
+        Optimizer(f"eva+{base}", base, lambda rate: optax.chain(eva_optax.scale_by_eva(), build(rate))),
+        Optimizer(f"eva_f+{base}", base, lambda rate: optax.chain(eva_optax.scale_by_eva_f(), build(rate))),
+        Optimizer(f"eva_s+{base}", base, lambda rate: optax.chain(eva_optax.scale_by_eva_s(), build(rate)), False),
+        Optimizer(f"center+{base}", base, lambda rate: eva_optax.center(build(rate))),
+    ]
+
+
+OPTIMIZERS = {
+    optimizer.name: optimizer
+    for optimizer in (
+        *(Optimizer(name, name, build, tapped=False) for name, build in BASELINES.items()),
+        *(optimizer for base in BASELINES for optimizer in _behind(base)),
+        Optimizer("conjugate+sgd", "sgd", lambda rate: eva_optax.conjugate(BASELINES["sgd"](rate))),
+        Optimizer("eva_adamw", "adamw", lambda rate: eva_optax.eva_adamw(rate, weight_decay=0.0)),
+        Optimizer(
+            "eva_muon", "muon", lambda rate: eva_optax.eva_muon(rate, muon_weight_dimension_numbers=muon_dimensions)
+        ),
+        Optimizer("eva", "sgd", eva_optax.eva),
+        Optimizer("eva_f", "sgd", eva_optax.eva_f),
+        Optimizer("eva_s", "sgd", eva_optax.eva_s, tapped=False),
+    )
+}

@@ -1,0 +1,114 @@
+"""Training steps that can be lowered without an array: their functions, arguments and optimizers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import eva_optax
+from benchmarks.common.training import step_of
+from benchmarks.cost.models import Case, Kernels
+from benchmarks.cost.sharding import parameter_specs, place
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How an optimizer is made, and whether it needs a tapped model."""
+
+    make: Callable[[], optax.GradientTransformation]
+    tapped: bool = False
+
+
+momentum = partial(optax.sgd, 0.1, momentum=0.9)
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": Optimizer(momentum),
+    "adamw": Optimizer(lambda: optax.adamw(1e-3)),
+    "muon": Optimizer(lambda: optax.contrib.muon(1e-3)),
+    "eva+sgd": Optimizer(lambda: optax.chain(eva_optax.scale_by_eva(), momentum()), tapped=True),
+    "eva_f+sgd": Optimizer(lambda: optax.chain(eva_optax.scale_by_eva_f(), momentum()), tapped=True),
+    "eva": Optimizer(lambda: eva_optax.eva(0.1), tapped=True),
+    "eva_adamw": Optimizer(lambda: eva_optax.eva_adamw(1e-3), tapped=True),
+}
+# Kernels of 12 blocks of a GPT with 768 features, without embeddings: 85 million parameters.
+BLOCK = (*((name, 768, 768) for name in ("query", "key", "value", "out")), ("up", 768, 3072), ("down", 3072, 768))
+UPDATES = {
+    "update": Kernels(tuple((f"{name}_{layer}", *shape) for layer in range(12) for name, *shape in BLOCK)),
+    "update-stacked": Kernels(BLOCK, stacked=12),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A function to compile, with the shapes of its arguments and a way to make arrays for them.
+
+    Attributes:
+      function: takes `arguments`, returns new values for the first `donated` of them.
+      arguments: trees of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.
+      donated: how many leading arguments are updated in place.
+      make: makes arrays for all arguments, on the default device.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donated: int
+    make: Callable[[], tuple[Any, ...]]
+
+    def trace(self) -> Any:
+        """What `jax.jit` traces, ready to be lowered."""
+        outputs = None
+        if jax.tree.leaves(self.arguments)[0].sharding is not None:
+            outputs = tuple(jax.tree.map(lambda leaf: leaf.sharding, part) for part in self.arguments[: self.donated])
+        jitted = jax.jit(self.function, donate_argnums=tuple(range(self.donated)), out_shardings=outputs)
+        return jitted.trace(*self.arguments)
+
+
+def training_step(case: Case, optimizer: Optimizer, mesh: Mesh | None = None, layout: str = "single") -> Step:
+    """The whole step: forward, backward, update; it takes and returns parameters, state and buffers."""
+    model = eva_optax.tap(case.model) if optimizer.tapped else case.model
+    tx = optimizer.make()
+
+    def start(x: Any) -> tuple[Any, Any, Any]:
+        variables = dict(model.init(jax.random.key(0), x))
+        params = variables.pop("params")
+        return params, tx.init(params), variables
+
+    def make() -> tuple[Any, ...]:
+        x, y = (_random(shape, case.classes, seed) for seed, shape in enumerate((case.inputs, case.targets)))
+        return (*jax.jit(start)(x), x, y)
+
+    trees = jax.eval_shape(start, case.inputs)
+    rows = P("data") if layout != "single" else P()
+    data = place((case.inputs, case.targets), lambda path, leaf: rows, mesh)
+    step = step_of(model, case.loss, tx)
+    return Step(step, (*place(trees, parameter_specs(case, trees[0], mesh, layout), mesh), *data), 3, make)
+
+
+def update_alone(kernels: Kernels, optimizer: Optimizer, mesh: Mesh | None = None) -> Step:
+    """The update without forward and backward pass: gradients come from memory."""
+    model = eva_optax.tap(kernels) if optimizer.tapped else kernels
+    params = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    tx = optimizer.make()
+
+    def update(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def make() -> tuple[Any, ...]:
+        arrays, grads = (jax.tree.map(lambda leaf, seed=seed: _random(leaf, 1, seed), params) for seed in (0, 1))
+        return arrays, tx.init(arrays), grads
+
+    arguments = (params, jax.eval_shape(tx.init, params), params)
+    return Step(update, place(arguments, lambda path, leaf: P(), mesh), 2, make)
+
+
+def _random(shape: jax.ShapeDtypeStruct, classes: int, seed: int) -> jax.Array:
+    key = jax.random.key(seed)
+    if jnp.issubdtype(shape.dtype, jnp.integer):
+        return jax.random.randint(key, shape.shape, 0, classes, shape.dtype)
+    return jax.random.normal(key, shape.shape, shape.dtype)
