@@ -1,0 +1,1 @@
+"""Programs to run, one by one, and what they train."""
