@@ -1,6 +1,10 @@
 """Settings of the tests: eight CPU devices, quick compilation, no rank promotion, float64 where a test asks for it."""
 
+import ctypes
+import gc
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most tests compile far longer than they run, so that optimized code would not pay.
@@ -22,8 +26,31 @@ settings.register_profile("thorough", deadline=None, max_examples=300, phases=_P
 settings.load_profile("quick")
 
 
+MOST_BYTES = 13 * 10**8
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Forgets compiled programs once the process holds much: nothing else ever frees them."""
+    yield
+    held = Path("/proc/self/statm")
+    if held.exists() and int(held.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_BYTES:
+        jax.clear_caches()
+        gc.collect()
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc keeps what is freed, and the next test would find as much held
+            libc.malloc_trim(0)
+
+
 @pytest.fixture
 def x64():
     """Runs the test with 64-bit numbers."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def as_a_user():
+    """Runs the test with JAX's own settings."""
+    with jax.numpy_rank_promotion("allow"):
         yield

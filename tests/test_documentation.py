@@ -7,23 +7,13 @@ import re
 import warnings
 from pathlib import Path
 
-import jax
 import pytest
 
 import eva_optax
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-MODULES = [f"eva_optax.{module.name}" for module in pkgutil.iter_modules(eva_optax.__path__)]
-
-
-@pytest.fixture(autouse=True)
-def as_a_user():
-    """A user's session has JAX's own settings."""
-    before = jax.config.jax_numpy_rank_promotion
-    jax.config.update("jax_numpy_rank_promotion", "allow")
-    yield
-    jax.config.update("jax_numpy_rank_promotion", before)
+pytestmark = pytest.mark.usefixtures("as_a_user")
 
 
 def side_of_diff(block: str, added: bool) -> str:
@@ -55,8 +45,12 @@ def test_every_public_name_has_a_runnable_example():
             assert "Source:" in value.__doc__, name
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_docstring_examples(module: str):
-    with warnings.catch_warnings():
-        result = doctest.testmod(importlib.import_module(module))
-    assert result.failed == 0
+def test_docstring_examples():
+    tried, failed = 0, []
+    for module in pkgutil.walk_packages(eva_optax.__path__, "eva_optax."):
+        with warnings.catch_warnings():
+            result = doctest.testmod(importlib.import_module(module.name))
+        tried += result.attempted
+        failed += [module.name] * (result.failed > 0)
+    assert not failed
+    assert tried > 3 * len(eva_optax.__all__)

@@ -11,8 +11,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import eva_optax
-from eva_optax._pairing import find_layers, is_probe, leaves_by_path, true_vectors
-from tests.dense import each_layer, solve_eva
+from tests.dense import assert_preconditioned
+from tests.helpers import assert_close, assert_finite, assert_identical, assert_probes_are_zero
 
 FEATURES = 4
 
@@ -108,11 +108,6 @@ trees = st.recursive(
 )
 
 
-def assert_close(got, want, against=0.0, tolerance=1e-5):
-    scale = max(1e-3, *(float(np.max(np.abs(part), initial=0)) for part in (want, against)))
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * scale)
-
-
 def check(tree, rank: int, tokens: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     shape = (2, *(4,) * rank)
@@ -134,53 +129,17 @@ def check(tree, rank: int, tokens: bool, seed: int) -> None:
         return params, value, grads, updates, state, bare, *jax.value_and_grad(loss)(bare, plain)
 
     params, value, grads, updates, state, bare, plain_value, plain_grads = run(key)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((params, value, grads, updates, state)))
-    jax.tree.map(np.testing.assert_array_equal, eva_optax.strip(params), bare)
+    assert_finite((params, value, grads, updates, state))
+    assert_identical(eva_optax.strip(params), bare)
+    assert_probes_are_zero(params)
     np.testing.assert_allclose(value, plain_value, rtol=1e-6)
-    jax.tree.map(assert_close, eva_optax.strip(grads), plain_grads)
+    assert_close(eva_optax.strip(grads), plain_grads, 1e-5, floor=1e-3)
     assert state.skipped == 0
-    got, by_path = leaves_by_path(updates), leaves_by_path(grads)
-    assert not any(
-        np.any(leaf) for tree in (leaves_by_path(params), got) for path, leaf in tree.items() if is_probe(path)
-    )
-    layers = find_layers(by_path)
-    assert ("head", "kernel") in [layer.kernel for layer in layers]
-    tapped = set()
-    for layer in layers:
-        tapped |= {layer.kernel, layer.bias}
-        check_layer(layer, by_path, got)
-    for path in by_path.keys() - tapped:
-        if not is_probe(path):
-            np.testing.assert_array_equal(got[path], by_path[path])
+    assert "head" in eva_optax.vectors(grads)
+    assert_preconditioned(grads, updates, damping=0.1)
 
 
-def check_layer(layer, grads, updates) -> None:
-    """The update of kernel and bias against dense solves; the bias gradient against b."""
-    layout = layer.layout
-    (a, b), used = (jax.tree.map(np.asarray, part) for part in true_vectors(layer, grads.__getitem__))
-    assert np.all(used)
-    spread = (
-        {}
-        if layer.bias is None
-        else {"g": layout.spread_bias(grads[layer.bias]), "u": layout.spread_bias(updates[layer.bias])}
-    )
-    spread = {name: np.asarray(value, np.float64) for name, value in spread.items()}
-    kernel, update = (np.asarray(tree[layer.kernel], np.float64) for tree in (grads, updates))
-    for at, at_a, at_b in each_layer(layout.kernel, layout.a, layout.b):
-        solo = [np.asarray(part, np.float64) for part in (a[at_a], b[at_b])]
-        bias = spread["g"][at_b] if spread else None
-        direction = np.sum(solo[1] ** 2) * (np.sum(solo[0] ** 2) + (bias is not None))
-        if bias is not None and np.any(solo[1]):
-            assert_close(solo[1], bias)
-        if direction < 1e-30:  # nothing to precondition by: noise that was dropped, or below what float32 squares hold
-            continue
-        wanted, wanted_bias = solve_eva(kernel[at], bias, *solo, damping=0.1, relative=True)
-        assert_close(update[at], wanted, kernel[at])
-        if bias is not None:
-            assert_close(spread["u"][at_b], wanted_bias, bias)
-
-
-@settings(phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking compiles hundreds of models
+@settings(max_examples=6, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking compiles hundreds of models
 @given(tree=trees, rank=st.integers(1, 2), tokens=st.booleans(), seed=st.integers(0, 2**16))
 def test_random_module_trees_keep_every_promise(tree, rank, tokens, seed):
     check(tree, rank, tokens, seed)
@@ -191,5 +150,5 @@ def test_a_tree_of_every_layer_keeps_every_promise():
 
 
 def test_a_tree_of_every_branch_keeps_every_promise():
-    inner = ("dense", "convolution", "optimized lstm", "tanh")
+    inner = ("convolution", "optimized lstm")
     check(("sequence", tuple((kind, inner) for kind in BRANCHES)), 1, False, 1)

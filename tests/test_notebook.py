@@ -5,12 +5,11 @@ import runpy
 import sys
 from pathlib import Path
 
-import jax
 import matplotlib
 import numpy as np
 import pytest
 
-from tests.nnx_cases import NNX_JIT_RUNS
+from tests.flax.nnx_cases import NNX_JIT_RUNS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOK = json.loads((EXAMPLES / "colab.ipynb").read_text())
@@ -19,15 +18,6 @@ CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
 def tags(cell):
     return cell["metadata"].get("tags", [])
-
-
-@pytest.fixture
-def as_a_user():
-    """A user's session has JAX's own settings."""
-    before = jax.config.jax_numpy_rank_promotion
-    jax.config.update("jax_numpy_rank_promotion", "allow")
-    yield
-    jax.config.update("jax_numpy_rank_promotion", before)
 
 
 def test_only_the_first_code_cell_installs_and_it_upgrades_nothing():

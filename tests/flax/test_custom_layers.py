@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 import eva_optax
-from tests.nnx_cases import fast_jit, jit, pure
+from tests.flax.nnx_cases import fast_jit, jit, pure
+from tests.helpers import averages
 
 
 def squares(y):
@@ -355,16 +356,15 @@ def test_an_expert_without_rows_keeps_its_averages_and_the_others_move(use_bias)
     everyone = jnp.array([3, 2, 4, 1])
     params = model.init(jax.random.key(0), draw((ROWS, 3)), everyone)["params"]
     state = tx.init(params)
-    key = "w,b" if use_bias else "w"
-    averages = []
+    running = []
     for seed, sizes in enumerate([everyone, SIZES]):
         updates, state = tx.update(linen_gradients(model, params, draw((ROWS, 3), seed), sizes), state)
-        averages.append(state.vectors["kronecker"][key])
+        running.append(averages(state))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state)))
     for name in ("a", "b"):
-        np.testing.assert_array_equal(averages[1][name][1], averages[0][name][1])
+        np.testing.assert_array_equal(running[1][name][1], running[0][name][1])
         for expert in (0, 2, 3):
-            assert np.any(averages[1][name][expert] != averages[0][name][expert])
+            assert np.any(running[1][name][expert] != running[0][name][expert])
     np.testing.assert_array_equal(updates["w"][1], 0)
     assert state.skipped == 0
 

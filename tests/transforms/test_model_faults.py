@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import eva_optax
+from tests.helpers import assert_close, assert_finite, assert_identical, averages
 
 STEPS = 5
 LAYERS = {"Conv_0": "kernel", "Dense_0": "kernel,bias", "Dense_1": "kernel,bias"}
@@ -73,22 +74,6 @@ def eva(**options):
 
 
 GUARDED = compiled(optax.apply_if_finite(eva(), 3))
-
-
-def averages(state, layer: str):
-    return optax.tree.get(state, "vectors")[layer]["kronecker"]
-
-
-def assert_identical(got, want):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-def assert_close(got, want):
-    jax.tree.map(lambda mine, theirs: np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6), got, want)
-
-
-def assert_finite(tree):
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 @first_or_later
@@ -199,8 +184,7 @@ def test_an_unused_layer_rests_and_joins_again(at, params):
     assert np.any(steps[at + 1][0]["Dense_0"]["kernel"] != before[0]["Dense_0"]["kernel"])
     assert optax.tree.get(steps[-1][1], "skipped") == 0
     if at == 0:  # its first use, in the second step, is taken as it is
-        own = averages(steps[1][1], "Dense_0")["kernel,bias"]
-        assert_close((own["a"], own["b"]), tuple(eva_optax.vectors(steps[1][2])["Dense_0"]))
+        assert_close(averages(steps[1][1], "Dense_0"), eva_optax.vectors(steps[1][2])["Dense_0"]._asdict())
 
 
 def test_an_empty_batch_is_refused_when_the_step_is_traced(params):

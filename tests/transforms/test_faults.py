@@ -1,5 +1,7 @@
 """What happens to bad input: each fault by itself, and that it stays where it arose."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import eva_optax
 from tests.dense import gradients
+from tests.helpers import assert_close, assert_finite, assert_identical, averages, first_update
 
 BAD = [np.nan, np.inf, -np.inf]
 PROBE = "kernel,bias"
@@ -24,18 +27,25 @@ def tree(seed: int = 0) -> dict:
     return {"sound": layer(seed), "faulty": layer(seed + 100)}
 
 
+def vectors(grads: dict, layer: str) -> dict:
+    return eva_optax.vectors(grads)[layer]._asdict()
+
+
+@cache
+def eva(**options):
+    """Compiled once for all tests that take these options."""
+    tx = eva_optax.scale_by_eva(**options)
+    return optax.GradientTransformation(jax.jit(tx.init), jax.jit(tx.update))
+
+
 def run(grads: dict, before: dict | None = None, **options):
     """One step from a state that has seen `before`; returns updates, state, and the state before."""
-    tx = eva_optax.scale_by_eva(**options)
+    tx = eva(**options)
     state = tx.init(grads)
     if before is not None:
         _, state = tx.update(before, state)
-    updates, after = jax.jit(tx.update)(grads, state)
+    updates, after = tx.update(grads, state)
     return updates, after, state
-
-
-def assert_same(got, want):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize("before", [None, tree(7)], ids=["first step", "later step"])
@@ -48,8 +58,8 @@ def test_vectors_that_are_not_finite_hold_the_average_and_pass_the_gradient_on(v
     options = {"step_rule": "kl_clip", "learning_rate": 10.0}
     updates, state, old = run(grads, before, **options)
     for name in ("kernel", "bias"):
-        assert_same(updates["faulty"][name], clean["faulty"][name])
-    assert_same(state.vectors["faulty"], old.vectors["faulty"])
+        assert_identical(updates["faulty"][name], clean["faulty"][name])
+    assert_identical(averages(state, "faulty"), averages(old, "faulty"))
     assert state.skipped == 1
     # The sound layer goes its way as if it were alone.
     alone, lone_state, _ = run({"sound": clean["sound"]}, before and {"sound": before["sound"]}, **options)
@@ -61,7 +71,7 @@ def test_vectors_that_are_not_finite_hold_the_average_and_pass_the_gradient_on(v
 def test_skipped_adds_up_over_steps():
     grads = tree()
     grads["faulty"]["kronecker"][PROBE]["a"] *= np.nan
-    tx = eva_optax.scale_by_eva()
+    tx = eva()
     state = tx.init(grads)
     for step in range(3):
         assert state.skipped == step
@@ -76,8 +86,8 @@ def test_a_gradient_that_is_not_finite_is_passed_through_and_not_averaged(value,
     grads["faulty"][name] = grads["faulty"][name].at[0].set(value)
     updates, state, old = run(grads, before, relative=False)
     for part in ("kernel", "bias"):
-        assert_same(updates["faulty"][part], grads["faulty"][part])
-    assert_same(state.vectors["faulty"], old.vectors["faulty"])
+        assert_identical(updates["faulty"][part], grads["faulty"][part])
+    assert_identical(averages(state, "faulty"), averages(old, "faulty"))
     assert state.skipped == 0
     assert np.isfinite(state.nu)
     assert np.all(np.isfinite(updates["sound"]["kernel"]))
@@ -87,7 +97,7 @@ def test_apply_if_finite_sees_a_gradient_that_is_not_finite():
     grads = tree()
     grads["faulty"]["kernel"] *= np.nan
     tx = optax.apply_if_finite(eva_optax.scale_by_eva(), max_consecutive_errors=3)
-    updates, state = tx.update(grads, tx.init(grads))
+    updates, state = first_update(tx, grads)
     assert state.total_notfinite == 1
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
 
@@ -103,7 +113,7 @@ def test_zeros_give_finite_updates(zeroed, step_rule, relative):
         if zeroed != "gradient":
             part["kronecker"][PROBE] |= {name: jnp.zeros_like(part["kronecker"][PROBE][name]) for name in "ab"}
     updates, state, _ = run(grads, step_rule=step_rule, relative=relative)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
+    assert_finite((updates, state))
     if zeroed != "vectors":
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
 
@@ -113,7 +123,7 @@ def test_zero_vectors_leave_the_gradient_as_it_is():
     grads = tree()
     grads["faulty"]["kronecker"][PROBE]["b"] *= 0
     updates, _, _ = run(grads)
-    assert_same(updates["faulty"]["kernel"], grads["faulty"]["kernel"])
+    assert_identical(updates["faulty"]["kernel"], grads["faulty"]["kernel"])
 
 
 @pytest.mark.parametrize("before", [None, tree(7)], ids=["first step", "later step"])
@@ -121,16 +131,16 @@ def test_an_unused_layer_holds_its_average(before):
     grads = tree()
     grads["faulty"] = jax.tree.map(jnp.zeros_like, grads["faulty"])
     updates, state, old = run(grads, before, relative=False)
-    assert_same(state.vectors["faulty"], old.vectors["faulty"])
+    assert_identical(averages(state, "faulty"), averages(old, "faulty"))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates["faulty"]))
     assert state.skipped == 0
     # Its first use later is taken as it is.
     if before is None:
-        tx = eva_optax.scale_by_eva(relative=False)
+        tx = eva(relative=False)
         _, used = tx.update(tree(3), state)
-        direct, _ = tx.update(tree(3), tx.init(tree(3)))
+        direct, _ = first_update(tx, tree(3))
         again, _ = tx.update(tree(3), state)
-        assert used.vectors["faulty"]["kronecker"][PROBE]["n"] == 1
+        assert_close(averages(used, "faulty"), vectors(tree(3), "faulty"))
         np.testing.assert_allclose(again["faulty"]["kernel"], direct["faulty"]["kernel"], rtol=1e-6)
 
 
@@ -145,19 +155,19 @@ def test_one_bad_layer_of_a_stack_leaves_the_others():
     wanted, clean_state, _ = run(clean)
     for index in (0, 2):
         np.testing.assert_allclose(updates["layer"]["kernel"][index], wanted["layer"]["kernel"][index], rtol=1e-6)
-    assert_same(updates["layer"]["kernel"][1], kernel[1])
-    assert_same(updates["layer"]["bias"][1], bias[1])
+    assert_identical(updates["layer"]["kernel"][1], kernel[1])
+    assert_identical(updates["layer"]["bias"][1], bias[1])
     assert state.skipped == 1
-    seen = state.vectors["layer"]["kronecker"][PROBE]["n"]
-    assert_same(seen[:, 0], np.array([1, 0, 1]))
-    assert np.all(clean_state.vectors["layer"]["kronecker"][PROBE]["n"] == 1)
+    for name, running in averages(state).items():
+        assert_identical(running[::2], averages(clean_state)[name][::2])
+        assert not np.any(running[1])
 
 
 def test_values_of_probes_do_not_matter():
     params, grads = tree(), tree(1)
     nan = jax.tree.map(lambda leaf: leaf * np.nan, params)
-    tx = eva_optax.scale_by_eva()
-    assert_same(tx.update(grads, tx.init(params), params), tx.update(grads, tx.init(nan), nan))
+    tx = eva()
+    assert_identical(tx.update(grads, tx.init(params), params), tx.update(grads, tx.init(nan), nan))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +194,7 @@ def test_traced_options_are_not_checked_and_do_not_recompile():
     def step(damping, decay):
         traces.append(None)
         tx = eva_optax.scale_by_eva(damping, decay=decay)
-        return tx.update(grads, tx.init(grads))[0]
+        return first_update(tx, grads)[0]
 
     small, large = step(0.1, 0.5), step(10.0, 0.5)
     assert len(traces) == 1
@@ -223,13 +233,13 @@ def test_a_bias_that_does_not_fit_is_named():
 def test_a_state_of_other_shapes_is_refused():
     tx = eva_optax.scale_by_eva()
     other = gradients(np.ones((6, 4)), np.ones(4), np.ones((6, 1)), np.ones((1, 4)), (1,))
-    with pytest.raises(ValueError, match=r"state of layer 'layer'.* a has shape \(6, 1\) in the state, \(5, 1\)"):
+    with pytest.raises(ValueError, match=r"'layer.*\(6, 1\).*\(5, 1\)"):
         tx.update({"layer": layer(0)}, tx.init(other))
 
 
 def test_a_mask_that_cuts_through_a_probe_is_refused():
     tx = optax.masked(eva_optax.scale_by_eva(), lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params))
-    with pytest.raises(ValueError, match=r"'(sound|faulty)' lacks \['n', 'unit'\].*mask"):
+    with pytest.raises(ValueError, match=r"'(sound|faulty)' lacks \[.*mask"):
         tx.init(tree())
 
 
@@ -245,9 +255,9 @@ def test_masks_may_leave_out_kernels_biases_or_whole_layers():
 
     for path in (("faulty",), ("faulty", "kernel"), ("faulty", "bias")):
         tx = freeze(*path)
-        updates, _ = tx.update(grads, tx.init(grads))
+        updates, _ = first_update(tx, grads)
         masked_out = updates["faulty"].get(path[-1], updates["faulty"]["kernel"])
         original = grads["faulty"].get(path[-1], grads["faulty"]["kernel"])
-        assert_same(masked_out, original)
+        assert_identical(masked_out, original)
         wanted, _, _ = run(grads)
         np.testing.assert_allclose(updates["sound"]["kernel"], wanted["sound"]["kernel"], rtol=1e-6)

@@ -13,18 +13,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import eva_optax
-from tests import brute_force
-from tests.cases import (
-    CELLS,
-    LAYERS,
-    CellCase,
-    LayerCase,
-    Unrolled,
-    assert_close,
-    contraction,
-    convolution,
-    random_like,
-)
+from tests.helpers import assert_close, random_like
+from tests.statistics import brute_force
+from tests.statistics.cases import CELLS, LAYERS, CellCase, LayerCase, Unrolled, contraction, convolution
 
 # Where every input, every patch, is the same; and where equal cotangents make the sum over patches factor.
 EQUAL_PATCHES = [case for case in LAYERS if case.equal_x is not None]

@@ -11,13 +11,9 @@ from flax.core import FrozenDict, freeze
 from jax.sharding import PartitionSpec
 
 import eva_optax
-from tests import brute_force
-from tests.cases import MODELS, Block, Doubling, Experts, ModelCase, Scanned, SetupStyle, assert_close, random_like
-
-
-def curved(y: jax.Array) -> jax.Array:
-    """A loss with a different cotangent for each output."""
-    return jnp.sum(jnp.sin(3 * y + jnp.arange(y.size).reshape(y.shape)))
+from tests.flax.cases import MODELS, Block, Doubling, Experts, ModelCase, Scanned, SetupStyle
+from tests.helpers import assert_close, curved, probes, random_like
+from tests.statistics import brute_force
 
 
 def variables_of(case: ModelCase, model: Any) -> Any:
@@ -75,7 +71,7 @@ MLP = nn.Sequential([Block(), nn.Dense(3)])
 
 def vectors_of(model: Any, params: Any, x: Any = X, **options: Any) -> dict[str, eva_optax.KroneckerVectors]:
     tapped = eva_optax.tap(model)
-    return eva_optax.vectors(jax.grad(lambda p: curved(tapped.apply({"params": p}, x, **options)))(params))
+    return eva_optax.vectors(jax.jit(jax.grad(lambda p: curved(tapped.apply({"params": p}, x, **options))))(params))
 
 
 def make_params(model: Any, x: Any = X) -> Any:
@@ -95,14 +91,14 @@ def test_vmap_over_examples_gives_the_vectors_of_the_batch() -> None:
     def loss(params: Any) -> jax.Array:
         return curved(jax.vmap(lambda x: model.apply({"params": params}, x))(X))
 
-    assert_same_vectors(eva_optax.vectors(jax.grad(loss)(params)), vectors_of(MLP, params), 2e-6)
+    assert_same_vectors(eva_optax.vectors(jax.jit(jax.grad(loss))(params)), vectors_of(MLP, params), 2e-6)
 
 
 def test_vmap_over_parameters_gives_the_vectors_of_each_model() -> None:
     model = eva_optax.tap(MLP)
     each = [make_params(MLP), jax.tree.map(jnp.sin, make_params(MLP))]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    grads = jax.vmap(jax.grad(lambda p: curved(model.apply({"params": p}, X))))(stacked)
+    grads = jax.jit(jax.vmap(jax.grad(lambda p: curved(model.apply({"params": p}, X)))))(stacked)
     for index, params in enumerate(each):
         found = eva_optax.vectors(jax.tree.map(lambda leaf, index=index: leaf[index], grads))
         assert_same_vectors(found, vectors_of(MLP, params), 2e-6)
@@ -110,7 +106,7 @@ def test_vmap_over_parameters_gives_the_vectors_of_each_model() -> None:
 
 def test_averaged_gradients_of_half_batches_hold_the_vectors_of_the_batch() -> None:
     params, model = make_params(MLP), eva_optax.tap(MLP)
-    gradient = jax.grad(lambda p, x: jnp.mean(jnp.sin(3 * model.apply({"params": p}, x))))
+    gradient = jax.jit(jax.grad(lambda p, x: jnp.mean(jnp.sin(3 * model.apply({"params": p}, x)))))
     halves = jax.tree.map(lambda *leaves: sum(leaves) / 2, *(gradient(params, half) for half in jnp.split(X, 2)))
     wanted = eva_optax.vectors(gradient(params, X))
     assert_same_vectors(eva_optax.vectors(halves), wanted, 2e-6)
@@ -119,7 +115,7 @@ def test_averaged_gradients_of_half_batches_hold_the_vectors_of_the_batch() -> N
 @pytest.mark.parametrize("scale", [-3.0, 2.0**-12, 2.0**15])
 def test_a_scaled_loss_leaves_a_as_it_is_and_scales_b(scale: float) -> None:
     params = make_params(MLP)
-    grads = jax.grad(lambda p: scale * curved(eva_optax.tap(MLP).apply({"params": p}, X)))(params)
+    grads = jax.jit(jax.grad(lambda p: scale * curved(eva_optax.tap(MLP).apply({"params": p}, X))))(params)
     found = eva_optax.vectors(grads)
     for name, (a, b) in vectors_of(MLP, params).items():
         assert_close(found[name].a, a)
@@ -146,7 +142,7 @@ def test_an_untapped_trace_in_the_cache_of_nn_jit_is_not_used_again() -> None:
     untapped = Cached().init(jax.random.key(0), X)["params"]
     assert "kronecker" not in untapped["block"]["linear"]
     grads = jax.grad(lambda p: curved(Cached().apply({"params": p}, X)))(params)
-    assert not np.any(grads["block"]["linear"]["kronecker"]["kernel,bias"]["n"])
+    assert not any(map(np.any, probes(grads)))
 
 
 @pytest.mark.parametrize("method", ["encode", SetupStyle.encode, lambda module, x: module.encode(x)])
@@ -174,14 +170,16 @@ def test_a_subclass_that_calls_super_is_tapped_where_super_is_called() -> None:
     params = make_params(model)
     found = vectors_of(model, params)[""]
     assert_close(found.a, 2 * np.mean(X, 0)[:, None])
-    bias = jax.grad(lambda p: curved(model.apply({"params": p}, X)))(params)["bias"]
+    bias = jax.jit(jax.grad(lambda p: curved(model.apply({"params": p}, X))))(params)["bias"]
     assert_close(found.b, bias[None])
 
 
 def test_a_layer_that_the_loss_does_not_use_has_zero_vectors() -> None:
     params = make_params(SetupStyle())
     model = eva_optax.tap(SetupStyle())
-    found = eva_optax.vectors(jax.grad(lambda p: curved(model.apply({"params": p}, X, method="encode")))(params))
+    found = eva_optax.vectors(
+        jax.jit(jax.grad(lambda p: curved(model.apply({"params": p}, X, method="encode"))))(params)
+    )
     assert np.any(found["first"].a)
     assert not any(np.any(vector) for name, pair in found.items() if name != "first" for vector in pair)
 
@@ -193,7 +191,7 @@ def test_vectors_of_bfloat16_computation_are_float32(layer: str) -> None:
     params = make_params(plain, x)
     found = vectors_of(plain.clone(dtype=jnp.bfloat16), params, x)
     assert {vector.dtype for vector in found[""]} == {jnp.dtype(jnp.float32)}
-    assert_same_vectors(found, vectors_of(plain, params, x), 3e-2)
+    assert_same_vectors(found, vectors_of(plain, params, x), 6e-2)
 
 
 def test_probes_of_bfloat16_parameters_are_float32() -> None:
@@ -219,7 +217,7 @@ def test_a_loss_that_casts_all_parameters_to_half_precision_keeps_the_vectors(dt
         half = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         return curved(model.apply({"params": half}, X.astype(dtype)).astype(jnp.float32))
 
-    found = eva_optax.vectors(jax.grad(loss)(params))
+    found = eva_optax.vectors(jax.jit(jax.grad(loss))(params))
     assert_same_vectors(found, vectors_of(MLP, params), tolerance)
 
 
@@ -229,7 +227,7 @@ def test_gradients_of_half_precision_parameters_give_float32_vectors(dtype: Any)
     half = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     found = vectors_of(MLP, half, X.astype(dtype))
     assert all(vector.dtype == jnp.float32 for pair in found.values() for vector in pair)
-    assert_same_vectors(found, vectors_of(MLP, params), 4e-2)
+    assert_same_vectors(found, vectors_of(MLP, params), 8e-2)
 
 
 @pytest.mark.usefixtures("x64")
@@ -267,19 +265,20 @@ class PartitionedModel(nn.Module):
 
 
 def names_of(probe: Any) -> dict[str, Any]:
-    return {leaf: probe[leaf].names for leaf in probe}
+    """The names of a and b; all else is replicated."""
+    assert not any(any(probe[leaf].names) for leaf in probe if leaf not in ("a", "b"))
+    return {leaf: probe[leaf].names for leaf in ("a", "b")}
 
 
 @pytest.mark.parametrize("logical", [False, True])
 def test_probes_copy_the_partition_names_of_their_kernel(logical: bool) -> None:
     params = eva_optax.tap(PartitionedModel(logical)).init(jax.random.key(0), X[None])["params"]
     dense, grouped, one = (params[name]["kronecker"] for name in ("dense", "grouped", "one feature"))
-    counters = {"n": (None,), "unit": (None,)}
     assert type(dense["kernel,bias"]["a"]) is type(params["dense"]["kernel"])
-    assert names_of(dense["kernel,bias"]) == {"a": ("in", None), "b": (None, "out")} | counters
+    assert names_of(dense["kernel,bias"]) == {"a": ("in", None), "b": (None, "out")}
     # The groups do not divide as the output channels do.
-    assert names_of(grouped["kernel,bias"]) == {"a": (None, "in", None), "b": (None, None, "out")} | counters
-    assert names_of(one["kernel,bias"]) == {"a": ("in", None), "b": (None, None)} | counters
+    assert names_of(grouped["kernel,bias"]) == {"a": (None, "in", None), "b": (None, None, "out")}
+    assert names_of(one["kernel,bias"]) == {"a": ("in", None), "b": (None, None)}
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -299,13 +298,13 @@ def test_probes_get_the_partition_name_of_a_scan(axis: int) -> None:
     model = eva_optax.tap(Layers())
     variables = model.init(jax.random.key(0), X)
     probe = variables["params"]["dense"]["kronecker"]["kernel,bias"]
-    wanted = {"a": ["in", None], "b": [None, "out"], "n": [None], "unit": [None]}
-    for names in wanted.values():
-        names.insert(axis, "layers")
-    assert names_of(probe) == {leaf: tuple(names) for leaf, names in wanted.items()}
+    wanted = {"a": ["in", None], "b": [None, "out"], "n": [None]}
     specs = nn.get_partition_spec(variables)["params"]["dense"]["kronecker"]["kernel,bias"]
-    assert specs == {leaf: PartitionSpec(*names) for leaf, names in wanted.items()}
-    grads = jax.grad(lambda p: curved(model.apply({"params": p}, X)))(variables["params"])
+    for leaf, names in wanted.items():
+        names.insert(axis, "layers")
+        assert probe[leaf].names == tuple(names)
+        assert specs[leaf] == PartitionSpec(*names)
+    grads = jax.jit(jax.grad(lambda p: curved(model.apply({"params": p}, X))))(variables["params"])
     found = eva_optax.vectors(grads)
     assert_same_vectors(found, vectors_of(Layers(), nn.unbox(variables["params"])), 1e-6)
     bias = np.moveaxis(nn.unbox(grads)["dense"]["bias"], axis, 0)
@@ -321,7 +320,7 @@ def test_gradients_through_boxes_give_the_same_vectors(logical: bool) -> None:
 
 def test_a_frozen_dict_of_parameters_gives_the_same_vectors() -> None:
     params, model = make_params(MLP), eva_optax.tap(MLP)
-    grads = jax.grad(lambda p: curved(model.apply({"params": p}, X)))(freeze(params))
+    grads = jax.jit(jax.grad(lambda p: curved(model.apply({"params": p}, X))))(freeze(params))
     assert isinstance(grads, FrozenDict)
     assert_same_vectors(eva_optax.vectors(grads), vectors_of(MLP, params), 1e-6)
 

@@ -1,0 +1,170 @@
+"""Sums that cancel leave rounding noise: it is not taken for vectors, nor are vectors taken for noise."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eva_optax
+from tests.helpers import random_like
+
+KEY = jax.random.key(0)
+
+
+class Normalized(nn.Module):
+    """Layers that are followed by a BatchNorm: the cotangents of each channel sum to zero, and rounding is left."""
+
+    layer: str
+    width: int
+    depth: int
+    dtype: Any
+    relu: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kind = nn.Dense if self.layer == "dense" else lambda width, **options: nn.Conv(width, (3, 3), **options)
+        dtypes = {"dtype": self.dtype, "param_dtype": jnp.promote_types(self.dtype, jnp.float32)}
+        for index in range(self.depth):
+            x = kind(self.width, **dtypes, name=f"before_{index}")(x)
+            x = nn.BatchNorm(use_running_average=False, **dtypes)(x)
+            x = nn.relu(x) if self.relu else x
+        x = x if self.layer == "dense" else x.mean((1, 2))
+        return nn.Dense(5, **dtypes, name="last")(x)
+
+
+class Whitened(nn.Module):
+    """Layers after a BatchNorm without scale and shift: their inputs sum to zero, and rounding is left."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtypes = {"dtype": self.dtype, "param_dtype": jnp.promote_types(self.dtype, jnp.float32)}
+        norm = nn.BatchNorm(use_running_average=False, use_bias=False, use_scale=False, **dtypes)(x)
+        dense = nn.Dense(5, use_bias=False, **dtypes, name="dense")(norm)
+        pointwise = nn.Conv(5, (1, 1), use_bias=False, **dtypes, name="pointwise")(norm)
+        with_bias = nn.Dense(5, **dtypes, name="with_bias")(norm)
+        return (dense * pointwise + with_bias).mean((1, 2))
+
+
+def noisy_vectors(model: nn.Module, shape: tuple[int, ...], seeds: int = 3) -> list[dict[str, Any]]:
+    """The vectors of a cross entropy with balanced classes on random data, one for each seed."""
+    tapped = eva_optax.tap(model)
+    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    labels = jnp.arange(shape[0]) % 5
+    shapes = jax.eval_shape(lambda: tapped.init(KEY, jnp.zeros(shape, dtype)))
+
+    @jax.jit
+    def gradient(variables: Any, x: jax.Array) -> Any:
+        def loss(params: Any) -> jax.Array:
+            logits, _ = tapped.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits.astype(dtype), labels).mean()
+
+        return jax.grad(loss)(variables["params"])
+
+    inputs = [jnp.asarray(np.random.default_rng(seed).normal(0.3, 1, shape), dtype) for seed in range(seeds)]
+    return [eva_optax.vectors(gradient(random_like(shapes, seed), x)) for seed, x in enumerate(inputs)]
+
+
+HALF, SINGLE, DOUBLE = DTYPES = [jnp.bfloat16, jnp.float32, jnp.float64]
+BEFORE_BATCH_NORM = [
+    ("dense", (4, 6), 8, 1, True, SINGLE),
+    ("dense", (32, 20), 6, 3, True, SINGLE),
+    ("dense", (32, 20), 6, 3, True, HALF),
+    ("dense", (1024, 5), 16, 2, True, SINGLE),
+    ("dense", (1024, 5), 16, 2, True, HALF),
+    ("dense", (1024, 5), 16, 2, True, DOUBLE),
+    ("conv", (4, 5, 5, 3), 8, 1, True, SINGLE),
+    ("conv", (4, 5, 5, 3), 8, 1, True, HALF),
+    ("conv", (32, 4, 4, 2), 4, 3, True, SINGLE),
+    ("conv", (32, 4, 4, 2), 4, 3, True, HALF),
+    ("conv", (32, 4, 4, 2), 4, 3, True, DOUBLE),
+    # A mean over the image right after it: all cotangents have one sign, and so do their rounding errors.
+    ("conv", (8, 16, 16, 3), 16, 1, False, SINGLE),
+    ("conv", (8, 16, 16, 3), 16, 1, False, HALF),
+    ("conv", (8, 16, 16, 3), 16, 1, False, DOUBLE),
+]
+
+
+def dtype_name(value: Any) -> str | None:
+    return getattr(value, "__name__", None)
+
+
+@pytest.mark.parametrize(("layer", "shape", "width", "depth", "relu", "dtype"), BEFORE_BATCH_NORM, ids=dtype_name)
+def test_the_noise_of_a_layer_before_batch_norm_is_exactly_zero(
+    layer: str, shape: tuple[int, ...], width: int, depth: int, relu: bool, dtype: Any
+) -> None:
+    with jax.enable_x64(dtype == jnp.float64):
+        for found in noisy_vectors(Normalized(layer, width, depth, dtype, relu), shape):
+            assert np.any(found["last"].b)
+            assert all(np.any(a) for a, _ in found.values())
+            assert [layer for layer, (_, b) in found.items() if np.any(b)] == ["last"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape", [(4, 3, 3, 6), (256, 2, 2, 3)])
+def test_the_noise_of_a_layer_after_a_plain_batch_norm_is_exactly_zero(shape: tuple[int, ...], dtype: Any) -> None:
+    with jax.enable_x64(dtype == jnp.float64):
+        for found in noisy_vectors(Whitened(dtype), shape):
+            assert not np.any(found["dense"].a)
+            assert not np.any(found["pointwise"].a)
+            assert all(np.any(b) for _, b in found.values())
+
+
+class Attending(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtypes = {"dtype": self.dtype, "param_dtype": jnp.promote_types(self.dtype, jnp.float32)}
+        x = nn.MultiHeadDotProductAttention(2, **dtypes, name="attention")(x)
+        return nn.Dense(5, **dtypes, name="last")(x.mean(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_the_noise_of_a_key_projection_is_exactly_zero(dtype: Any) -> None:
+    """Softmax does not see what is added to all keys alike."""
+    with jax.enable_x64(dtype == jnp.float64):
+        for found in noisy_vectors(Attending(dtype), (16, 12, 6)):
+            assert not np.any(found["attention/key"].b)
+            assert all(np.any(b) for name, (_, b) in found.items() if name != "attention/key")
+
+
+class Genuine(nn.Module):
+    """Layers whose vectors are small sums of large terms, and mean something."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(16, dtype=self.dtype, use_bias=False, name="centred")(x - 0.3)
+        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
+        x = nn.Dense(16, dtype=self.dtype, name="hidden")(nn.relu(x))
+        return nn.Dense(5, dtype=self.dtype, name="logits")(x)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=dtype_name)
+@pytest.mark.parametrize("batch", [1, 10, 4095])
+def test_genuine_vectors_are_not_taken_for_noise(batch: int, dtype: Any) -> None:
+    for found in noisy_vectors(Genuine(dtype), (batch, 8)):
+        for a, b in found.values():
+            assert np.all(np.isfinite(a))
+            assert np.any(a)
+            assert np.any(b)
+
+
+def test_vectors_that_cancel_in_part_are_left_as_they_are() -> None:
+    """A hundredth of what random signs would leave is still far above rounding in float32."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(512, 4)).astype(np.float32)
+    x += 0.01 * np.sqrt(1 / 512) - x.mean(0, keepdims=True)
+    model = eva_optax.tap(nn.Dense(3, use_bias=False))
+    params = model.init(KEY, x)["params"]
+    grads = jax.grad(lambda p: (model.apply({"params": p}, x) * x[:, :3]).sum())(params)
+    a, b = eva_optax.vectors(grads)[""]
+    np.testing.assert_allclose(a, x.mean(0, dtype=np.float64)[:, None], rtol=1e-3)
+    np.testing.assert_allclose(b, x[:, :3].sum(0, dtype=np.float64)[None], rtol=1e-3)
