@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 import eva_optax
 from tests.flax.cases import MODELS, Block, Doubling, Experts, ModelCase, Scanned, SetupStyle
-from tests.helpers import assert_close, curved, probes, random_like
+from tests.helpers import assert_close, by_path, curved, probes, random_like
 from tests.statistics import brute_force
 
 
@@ -184,14 +184,29 @@ def test_a_layer_that_the_loss_does_not_use_has_zero_vectors() -> None:
     assert not any(np.any(vector) for name, pair in found.items() if name != "first" for vector in pair)
 
 
+def assert_sums_of_the_same_terms(model: Any, params: Any, x: jax.Array) -> dict[str, eva_optax.KroneckerVectors]:
+    """b is the gradient of the bias, which sums the same terms in half precision; returns the vectors.
+
+    Vectors of a computation in float32 would be no measure: its cotangents are others, by more than rounding of sums.
+    """
+    tapped = eva_optax.tap(model)
+    grads = jax.jit(jax.grad(lambda p: curved(tapped.apply({"params": p}, x).astype(jnp.float32))))(params)
+    found, biases = eva_optax.vectors(grads), by_path(eva_optax.strip(grads))
+    for name, vectors in found.items():
+        bias = biases[(*filter(None, name.split("/")), "bias")]
+        # Each of the five or six additions in bfloat16 rounds by up to 2⁻⁹.
+        assert_close(vectors.b.ravel(), bias.astype(np.float32), 2e-2)
+    return found
+
+
 @pytest.mark.parametrize("layer", ["dense", "grouped"])
 def test_vectors_of_bfloat16_computation_are_float32(layer: str) -> None:
     x = X.reshape(2, 3, 4)
     plain = nn.Dense(4) if layer == "dense" else nn.Conv(4, (2,), feature_group_count=2)
     params = make_params(plain, x)
-    found = vectors_of(plain.clone(dtype=jnp.bfloat16), params, x)
+    found = assert_sums_of_the_same_terms(plain.clone(dtype=jnp.bfloat16), params, x)
     assert {vector.dtype for vector in found[""]} == {jnp.dtype(jnp.float32)}
-    assert_same_vectors(found, vectors_of(plain, params, x), 6e-2)
+    assert_close(found[""].a, vectors_of(plain, params, x)[""].a, 1e-2)
 
 
 def test_probes_of_bfloat16_parameters_are_float32() -> None:
@@ -225,9 +240,10 @@ def test_a_loss_that_casts_all_parameters_to_half_precision_keeps_the_vectors(dt
 def test_gradients_of_half_precision_parameters_give_float32_vectors(dtype: Any) -> None:
     params = make_params(MLP)
     half = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    found = vectors_of(MLP, half, X.astype(dtype))
+    found = assert_sums_of_the_same_terms(MLP, half, X.astype(dtype))
     assert all(vector.dtype == jnp.float32 for pair in found.values() for vector in pair)
-    assert_same_vectors(found, vectors_of(MLP, params), 8e-2)
+    for name, wanted in vectors_of(MLP, params).items():
+        assert_close(found[name].a, wanted.a, 1e-2)
 
 
 @pytest.mark.usefixtures("x64")

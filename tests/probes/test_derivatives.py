@@ -247,6 +247,27 @@ def test_a_derivative_is_that_of_the_untapped_model(kind: str) -> None:
     assert_close(*both(made.params, made.bare))
 
 
+@both_kinds
+def test_second_derivatives_over_parameters_are_those_of_the_untapped_model(kind: str) -> None:
+    """A product with the Hessian, a curvature, and a derivative in the direction itself; probes take part in each."""
+    made = pair(kind)
+    direction = random_like(made.params, seed=1)
+
+    def derivatives(model: Model, params: Any, direction: Any) -> tuple[Any, jax.Array, jax.Array]:
+        def along(function: Callable[[Any], Any], length: Any = 1.0) -> Callable[[Any], Any]:
+            scaled = jax.tree.map(lambda leaf: length * leaf, direction)
+            return lambda params: jax.jvp(function, (params,), (scaled,))[1]
+
+        loss = partial(plain, model, x=X)
+        in_length = jax.jvp(lambda length: along(loss, length)(params), (2.0,), (1.0,))[1]
+        return along(jax.grad(loss))(params), along(along(loss))(params), in_length
+
+    product, *rest = jax.jit(partial(derivatives, made.tapped))(made.params, direction)
+    wanted = jax.jit(partial(derivatives, made.plain))(made.bare, eva_optax.strip(direction))
+    got = (eva_optax.strip(product), *rest)
+    assert_close(jax.tree.leaves(got), jax.tree.leaves(wanted), TOLERANCE)
+
+
 # Many devices.
 
 
