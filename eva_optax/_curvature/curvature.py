@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from eva_optax._probes.layout import Layout, Shape
+from eva_optax._probes.layout import Layout
+from eva_optax._probes.probe import Shape
 
 Sums = dict[str, Array]
 Averages = Mapping[str, Array]

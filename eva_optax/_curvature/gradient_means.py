@@ -13,7 +13,8 @@ from jax import Array
 
 from eva_optax._curvature.curvature import Averages, Damping, Gradient, Solution, Sums, cosine, safe_divide
 from eva_optax._probes.fusion import materialize
-from eva_optax._probes.layout import Layout, Shape
+from eva_optax._probes.layout import Layout
+from eva_optax._probes.probe import Shape
 from eva_optax._probes.stacking import stack, unstack
 
 Means = list[Array]

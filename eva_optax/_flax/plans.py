@@ -4,11 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from eva_optax._probes.probe import LinearMap
+from eva_optax._probes.probe import LinearMap, Shape
 from eva_optax._statistics.convolution import Convolution, LocalConvolution, TransposedConvolution
 from eva_optax._statistics.einsum import Contraction, Lookup, parse_equation
-
-Shape = tuple[int, ...]
 
 EMBEDDING_OFF = "embedding: off by default, pass embeddings=True"
 MASKED = "masked kernel"

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Shape = tuple[int, ...]
+from eva_optax._probes.probe import Shape
 
 
 class Layout(NamedTuple):

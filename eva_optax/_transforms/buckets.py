@@ -17,8 +17,6 @@ from eva_optax._probes.probe import COUNTER, accumulator
 from eva_optax._probes.stacking import stack
 from eva_optax._probes.vectors import Scales, read_counters
 
-Vectors = dict[str, Array]
-
 
 class Bucket(NamedTuple):
     """Layers of equal layout.
@@ -58,6 +56,6 @@ def fill_buckets(layers: Sequence[Layer], leaves: Sequence[Any]) -> list[Bucket]
     return [Bucket(tuple(members), tuple(layers[index] for index in members)) for members in found.values()]
 
 
-def _type(leaf: Any) -> Any:
-    """What two arrays must have in common to be stacked: dtype, sharding and varying axes, as far as they are types."""
+def _type(leaf: Any) -> str:
+    """What arrays must have in common to be stacked: shape, dtype, and sharding where it is a type."""
     return str(jax.typeof(leaf))

@@ -110,7 +110,6 @@ def center(inner: optax.GradientTransformation, *, decay: ArrayLike = 0.05) -> o
       >>> updates, state = tx.update(grads, state, params)
     """
     check_decay("center", decay)
-
     return in_coordinates("center", lambda tree: inner, Centred(), decay)
 
 
@@ -164,7 +163,7 @@ _WHITENING = OneSided(whitening=True)
 def in_coordinates(
     caller: str,
     inner_of: Callable[[Any], optax.GradientTransformation],
-    coordinates: "Whitened | Centred",
+    coordinates: Whitened | Centred,
     decay: ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
     """Takes gradients forward, runs an inner transformation on the tree without probes, and takes its updates back.

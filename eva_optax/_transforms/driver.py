@@ -20,7 +20,7 @@ from eva_optax._probes.stacking import stack, unstack
 from eva_optax._transforms.averages import Vectors, keep_finite, update_moving_average
 from eva_optax._transforms.buckets import Bucket, fill_buckets
 from eva_optax._transforms.options import check_decay, check_positive, check_probes, check_updates
-from eva_optax._transforms.state import Kept, Scalars, ScaleByEvaState, check_state, start_state
+from eva_optax._transforms.state import End, Kept, Scalars, ScaleByEvaState, check_state, start_state
 from eva_optax._transforms.step_size import StepRule, check_step_rule, layer_factor, shared_factor
 
 Rate = ArrayLike | Callable[[Array], ArrayLike]
@@ -102,19 +102,10 @@ class Part(NamedTuple):
     used: Array
     scalars: Scalars
 
-    def settle(self, averages: Vectors, valid: Array, skipped: Array, cosine: Array) -> "End":
+    def settle(self, averages: Vectors, valid: Array, skipped: Array, cosine: Array) -> End:
         """Ends the step, once it is known what is valid and what was skipped."""
         started = jnp.where(valid, 1, self.scalars.started).astype(cosine.dtype)
         return End(self.bucket, averages, Scalars(started, jnp.where(valid, cosine, self.scalars.cosine)), skipped)
-
-
-class End(NamedTuple):
-    """What a bucket's step ends with."""
-
-    bucket: Bucket
-    averages: Vectors
-    scalars: Scalars
-    skipped: Array
 
 
 class Step(NamedTuple):

@@ -78,6 +78,15 @@ class Scalars(NamedTuple):
     cosine: Array
 
 
+class End(NamedTuple):
+    """What the step of a bucket's layers ends with: averages, scalars, and which of the layers were skipped."""
+
+    bucket: Bucket
+    averages: Vectors
+    scalars: Scalars
+    skipped: Array
+
+
 def start_state(tree: Tree, layers: Sequence[Layer], curvature: Curvature) -> tuple[Any, Array]:
     """Averages and scalars before the first step."""
     leaves: list[Any] = [optax.MaskedNode() for _ in tree.leaves]
@@ -172,7 +181,7 @@ class Kept(NamedTuple):
         dtype = next(iter(averages.values())).dtype
         return averages, Scalars(*(part.reshape(shape).astype(dtype) for part in parts))
 
-    def settle(self, ends: Sequence[Any]) -> tuple[Any, Array, Array]:
+    def settle(self, ends: Sequence[End]) -> tuple[Any, Array, Array]:
         """Averages, scalars and the number of skipped layers after a step, from the ends of its buckets."""
         leaves, dtype = list(self.leaves), self.scalars.dtype
         order: list[int] = []
