@@ -49,6 +49,7 @@ PLANS: dict[str, Plans] = {
     "cpu": {
         **plan("1 device", MODELS, SINGLE, ALL),
         **plan("8 devices", ("mlp", "bottlenecks", "gpt-12", "gpt-12-scan"), DATA, ALL),
+        **plan("8 devices", ["mlp"], ("fsdp", "tensor"), FEW),
     },
     "gpu": plan("1 device", MODELS, SINGLE, ALL),
 }

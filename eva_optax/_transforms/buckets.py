@@ -4,6 +4,7 @@ Stacking adds an axis in front, so that whatever is sharded along a layer's own 
 never stacked: that would copy them.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,12 +48,18 @@ class Bucket(NamedTuple):
 
 
 def fill_buckets(layers: Sequence[Layer], leaves: Sequence[Any]) -> list[Bucket]:
-    """The buckets of layers whose parts, among `leaves`, are of equal types."""
+    """The buckets of layers whose parts, among `leaves`, are of equal types, and whose paths differ in numbers alone.
+
+    How arrays are sharded is mostly no part of their types, but follows from names: of two layers of one shape, "up"
+    may be split along its outputs and "down" along its inputs. Their vectors in one array would drag each other's
+    kernels over the mesh.
+    """
     found: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
         parts = [layer.kernel, *([] if layer.bias is None else [layer.bias]), *layer.probe.values()]
         types = tuple(_type(leaves[place]) for place in parts)
-        found.setdefault((layer.layout, tuple(layer.probe), types), []).append(index)
+        names = tuple(re.sub(r"\d+", "", name) for name in layer.path)
+        found.setdefault((names, layer.layout, tuple(layer.probe), types), []).append(index)
     return [Bucket(tuple(members), tuple(layers[index] for index in members)) for members in found.values()]
 
 
