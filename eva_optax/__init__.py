@@ -5,6 +5,7 @@ from typing import Any
 
 from eva_optax._flax.attach import attach, strip
 from eva_optax._flax.functions import coverage, tap, tapping
+from eva_optax._flax.raw_convolutions import tap_conv
 from eva_optax._flax.raw_parameters import tap_einsum, tap_ragged_dot
 from eva_optax._flax.registry import Registration, register
 from eva_optax._probes.vectors import KroneckerVectors, vectors
@@ -42,6 +43,7 @@ __all__ = [
     "scale_by_eva_s",
     "strip",
     "tap",
+    "tap_conv",
     "tap_einsum",
     "tap_ragged_dot",
     "tapping",

@@ -23,7 +23,7 @@ def tap(model: Any, *args: Any, embeddings: bool = False, statistics: Sequence[s
 
     Args:
       model: a `flax.linen.Module`, the outermost one: tap what you call `init` and `apply` on; or a `flax.nnx.Module`.
-      *args: for an NNX model whose modules call `tap_einsum` or `tap_ragged_dot`: what the model is called with. Only
+      *args: for an NNX model whose modules call `tap_einsum` or its like: what the model is called with. Only
         shapes and dtypes are looked at. A Linen model takes none.
       embeddings: also tap the lookups of `Embed`; a is then the frequency of each token.
       statistics: what the probes collect: ("a", "b"), or ("a",) for optimizers that need the mean input alone

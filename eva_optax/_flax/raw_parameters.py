@@ -16,7 +16,7 @@ RECORDER = "eva_optax_recorder"
 
 
 class RecordedCall(NamedTuple):
-    """One call of `tap_einsum` or `tap_ragged_dot` in an NNX module that has no probe for it yet."""
+    """One call of `tap_einsum` or its like in an NNX module that has no probe for it yet."""
 
     vectors: KernelShapes
     kernel: str
@@ -71,9 +71,9 @@ def tap_einsum(module: Any, kernel: str, equation: str, x: Array, y: Array, *, b
     """
     check_equation("eva_optax.tap_einsum", equation)
     x, y = jnp.asarray(x), jnp.asarray(y)
-    shape = _parameter(module, "tap_einsum", "kernel", kernel)
+    shape = parameter_shape(module, "tap_einsum", "kernel", kernel)
     if bias is not None:
-        _parameter(module, "tap_einsum", "bias", bias)
+        parameter_shape(module, "tap_einsum", "bias", bias)
     terms = equation.replace(" ", "").replace("->", ",").split(",")
     fits = all(map(_fits, terms, (x.ndim, len(shape), y.ndim)))
     rule = parse_equation(equation, x.shape, shape) if fits else None
@@ -83,7 +83,7 @@ def tap_einsum(module: Any, kernel: str, equation: str, x: Array, y: Array, *, b
             f"{kernel!r} of shape {shape} and an output of shape {y.shape}. Every axis needs a letter of its own, and "
             "axes with the same letter the same size."
         )
-    probe = _probe(module, rule, kernel, bias)
+    probe = find_probe(module, rule, kernel, bias)
     return y if probe is None else tap(rule, bias is not None, probe, x, y)
 
 
@@ -127,9 +127,9 @@ def tap_ragged_dot(
       Array([1., 3.], dtype=float32)
     """
     x, y, group_sizes = jnp.asarray(x), jnp.asarray(y), jnp.asarray(group_sizes)
-    shape = _parameter(module, "tap_ragged_dot", "kernel", kernel)
+    shape = parameter_shape(module, "tap_ragged_dot", "kernel", kernel)
     if bias is not None:
-        _parameter(module, "tap_ragged_dot", "bias", bias)
+        parameter_shape(module, "tap_ragged_dot", "bias", bias)
     fits = (x.ndim, y.ndim, len(shape)) == (2, 2, 3) and x.shape[0] == y.shape[0]
     if not fits or shape != (*group_sizes.shape, x.shape[1], y.shape[1]):
         raise ValueError(
@@ -137,7 +137,7 @@ def tap_ragged_dot(
             f"group_sizes of shape {group_sizes.shape} and an output of shape {y.shape} do not fit. They must be "
             "(rows, inputs), (experts, inputs, outputs), (experts,) and (rows, outputs)."
         )
-    probe = _probe(module, RaggedDot(shape), kernel, bias, batch=shape[:1])
+    probe = find_probe(module, RaggedDot(shape), kernel, bias, batch=shape[:1])
     return y if probe is None else tap_ragged(bias is not None, probe, x, y, group_sizes)
 
 
@@ -147,7 +147,7 @@ def _fits(term: str, rank: int) -> bool:
     return letters <= rank if "..." in term else letters == rank
 
 
-def _parameter(module: Any, caller: str, argument: str, name: str) -> tuple[int, ...]:
+def parameter_shape(module: Any, caller: str, argument: str, name: str) -> tuple[int, ...]:
     """The shape of a parameter that the module owns."""
     import flax.linen as nn
     from flax import nnx
@@ -169,7 +169,7 @@ def _parameter(module: Any, caller: str, argument: str, name: str) -> tuple[int,
     return tuple(value.shape)
 
 
-def _probe(
+def find_probe(
     module: Any, vectors: KernelShapes, kernel: str, bias: str | None, batch: tuple[int, ...] = ()
 ) -> Probe | None:
     """The probe beside these parameters of a tapped module; None without one."""

@@ -71,6 +71,36 @@ class Convolution:
 
 
 @dataclass(frozen=True)
+class PermutedConvolution:
+    """A convolution whose axes lie in any order; a kernel that lacks the input axis has it as a last one of size 1."""
+
+    kernel_shape: tuple[int, ...]
+    channels_last: Convolution
+    dimension_numbers: jax.lax.ConvDimensionNumbers
+
+    @property
+    def probe_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        a, b = (tuple(shape[axis] for axis in self._order) for shape in self.channels_last.probe_shapes)
+        return a[: len(self.kernel_shape)], b[: len(self.kernel_shape)]
+
+    def mean_input(self, x: Array) -> Array:
+        batch, channels, *spatial = self.dimension_numbers.lhs_spec
+        a = self.channels_last.mean_input(jnp.transpose(x, (batch, *spatial, channels)))
+        return jnp.transpose(a, self._order).reshape(self.probe_shapes[0])
+
+    def sum_cotangent(self, dy: Array) -> Array:
+        batch, channels, *spatial = self.dimension_numbers.out_spec
+        b = self.channels_last.sum_cotangent(jnp.transpose(dy, (batch, *spatial, channels)))
+        return jnp.transpose(b, self._order).reshape(self.probe_shapes[1])
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """The axes of `channels_last` (*window, input channels, output channels) as they come in the kernel."""
+        outputs, inputs, *window = self.dimension_numbers.rhs_spec
+        return tuple(np.argsort((*window, inputs, outputs)).tolist())
+
+
+@dataclass(frozen=True)
 class TransposedConvolution:
     """A transposed convolution; a is the mean over the input positions that each kernel offset meets.
 
