@@ -67,6 +67,9 @@ def attach(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
 def strip(tree: Any) -> Any:
     """Removes every probe from a tree, for example before export.
 
+    Also for what a loss computes from the parameters themselves: the norm of each, or `w / ‖w‖`, has no derivative
+    where it meets a probe, which is zero, and leaves NaN there.
+
     Args:
       tree: parameters, variables, gradients or an optimizer state: any nesting of mappings, tuples and lists; or an
         `nnx.State`; or an NNX model.

@@ -13,6 +13,7 @@ from flax.core import freeze
 from flax.linen.recurrent import DenseParams
 from jax import Array
 
+from eva_optax._flax.mapped_variables import params_are_mapped
 from eva_optax._flax.plans import (
     COMPLEX,
     EMBEDDING_OFF,
@@ -96,7 +97,6 @@ class Interceptor:
     statistics: tuple[str, ...] = VECTORS
     classes: dict[Path, type] = field(default_factory=dict)
     reasons: dict[Path, str] = field(default_factory=dict)
-    _reparametrised: int = 0
     _gates: dict[Path, tuple[LinearMap, Probe, Array]] = field(default_factory=dict)
 
     def __call__(
@@ -112,9 +112,6 @@ class Interceptor:
         function: Any = getattr(context.orig_method, "func", None)
         if function is _GATE:
             return self._gate(module, next_fun(*args, **kwargs), *args, **kwargs)
-        if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
-            with self._reparametrise():
-                return next_fun(*args, **kwargs)
         y = next_fun(*args, **kwargs)
         registration = registered_call(module, function)
         build = registration.plan if registration else _PLANS.get(function)
@@ -132,18 +129,10 @@ class Interceptor:
         probe = layer_probe(module, plan.linear_map, plan.kernel, bias)
         return y if probe is None else tap(plan.linear_map, bias is not None, probe, jnp.asarray(x), y)
 
-    @contextmanager
-    def _reparametrise(self) -> Iterator[None]:
-        self._reparametrised += 1
-        try:
-            yield
-        finally:
-            self._reparametrised -= 1
-
     def _plan(
         self, module: nn.Module, kernel: str, build: Callable[..., Plan], x: Any, args: Any, kwargs: dict[str, Any]
     ) -> Plan:
-        if self._reparametrised or type(module).param is not nn.Module.param:
+        if type(module).param is not nn.Module.param:
             return Skip(REPARAMETRISED)
         if build is embedding_plan and not self.embeddings:
             return Skip(EMBEDDING_OFF)
@@ -181,18 +170,26 @@ def layer_probe(
 ) -> Probe | None:
     """The probe beside these parameters; made, and not returned, while the model is initialised; None without one.
 
+    Under `nn.map_variables` there is none: a probe would be mapped like a kernel, to NaN where a map divides by norms.
     `batch` are the leading axes of kernel and bias that are counted each for itself.
     """
     name = probe_name(kernel, bias)
     probes = module.get_variable("params", KRONECKER, {})
-    if not (module.is_initializing() and module.is_mutable_collection("params")):
-        return nn.meta.unbox(dict(probes[name])) if name in probes else None
-    if name not in probes:
-        assert module.scope is not None
-        count_rank = nn.meta.unbox(module.get_variable("params", bias or kernel)).ndim
-        _, statistics = module.scope.flags[KRONECKER]
-        shapes = probe_shapes(shapes_of, statistics, (*batch, *(1,) * (count_rank - len(batch))))
-        module.put_variable("params", KRONECKER, {**probes, name: _boxed_probe(module, kernel, shapes)})
+    making = module.is_initializing() and module.is_mutable_collection("params")
+    if making == (name in probes):
+        return None
+    if params_are_mapped():
+        interceptor = _ACTIVE.get()
+        if interceptor is not None:
+            interceptor.reasons[*module.path, kernel] = REPARAMETRISED
+        return None
+    if not making:
+        return nn.meta.unbox(dict(probes[name]))
+    assert module.scope is not None
+    count_rank = nn.meta.unbox(module.get_variable("params", bias or kernel)).ndim
+    _, statistics = module.scope.flags[KRONECKER]
+    shapes = probe_shapes(shapes_of, statistics, (*batch, *(1,) * (count_rank - len(batch))))
+    module.put_variable("params", KRONECKER, {**probes, name: _boxed_probe(module, kernel, shapes)})
     return None
 
 

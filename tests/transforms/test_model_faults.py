@@ -187,6 +187,23 @@ def test_an_unused_layer_rests_and_joins_again(at, params):
         assert_close(averages(steps[1][1], "Dense_0"), eva_optax.vectors(steps[1][2])["Dense_0"]._asdict())
 
 
+@pytest.mark.parametrize("stripped", [False, True], ids=["all", "without probes"])
+def test_norms_of_parameters_in_the_loss_are_counted_unless_they_leave_out_probes(stripped, params):
+    def penalised(params):
+        norms = map(jnp.linalg.norm, jax.tree.leaves(eva_optax.strip(params) if stripped else params))
+        return loss(params, *batch(0)) + 0.01 * sum(norms)
+
+    params = jax.tree.map(lambda p: p + 0.1, eva_optax.strip(params))  # no norm of zero among them
+    params = eva_optax.attach(MODEL, params, batch(0)[0], True)
+    grads = jax.jit(jax.grad(penalised))(params)
+    updates, state = eva().update(grads, eva().init(params))
+    assert optax.tree.get(state, "skipped") == (0 if stripped else len(LAYERS))
+    assert_finite((updates, state))
+    plain = jax.tree.map(lambda g: -0.1 * g, eva_optax.strip(grads))
+    for got, want in zip(jax.tree.leaves(eva_optax.strip(updates)), jax.tree.leaves(plain), strict=True):
+        assert np.allclose(got, want, rtol=1e-6) != stripped
+
+
 def test_an_empty_batch_is_refused_when_the_step_is_traced(params):
     x, y = batch(0)
     with pytest.raises(ValueError, match=r"empty batch.*shape \(0, "):
