@@ -133,7 +133,10 @@ class Interceptor:
         self, module: nn.Module, kernel: str, build: Callable[..., Plan], x: Any, args: Any, kwargs: dict[str, Any]
     ) -> Plan:
         if type(module).param is not nn.Module.param:
-            return Skip(REPARAMETRISED)
+            # The layer runs with f(W): the gradient of W is JᵀG and Eva's vector Jᵀ(a⊗b), no product of two vectors.
+            # Weight standardisation's J projects a constant out of both, behind a ReLU most of the mean input, so that
+            # little is left for Eva to do.
+            return Skip(f"computed by {type(module).__name__}.param")
         if build is embedding_plan and not self.embeddings:
             return Skip(EMBEDDING_OFF)
         value = nn.meta.unbox(module.get_variable("params", kernel))

@@ -85,7 +85,7 @@ def tap_conv(
             lambda x, kernel: jax.lax.conv_general_dilated(
                 x, kernel, window_strides, padding, lhs_dilation, rhs_dilation, dimensions, feature_group_count
             ),
-            x,
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct(full, x.dtype),
         )
         if want.shape != y.shape:

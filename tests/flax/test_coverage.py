@@ -59,7 +59,7 @@ def test_every_untapped_parameter_has_its_reason() -> None:
         "permuted/bias": "ordered",
         "prelu/negative_slope": "vector",
         "standardized/bias": "computed",
-        "standardized/kernel": "computed",
+        "standardized/kernel": "computed by StandardizedDense.param",
     }
     assert report.untapped.keys() == words.keys()
     assert not [path for path, word in words.items() if word not in report.untapped[path]]
