@@ -4,26 +4,35 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import numpy as np
 
-from eva_optax._flax.linen import Interceptor
+from eva_optax._flax.tapped_module import TappedModule
+from eva_optax._flax.verify import Errors, collect, perturbed, verifying
 from eva_optax._probes.layers import take_apart
 from eva_optax._probes.probe import Path, is_probe
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Precisions of matrix units and half precision stay far below, other functions far above.
+_TOLERANCE = 0.05
+
 _ELEMENTWISE = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
 
 
 class CoverageRow(NamedTuple):
-    """One parameter: its path, shape, whether it is tapped, and if not, why; and whether its layer can be centred."""
+    """One parameter: its path, shape, whether it is tapped, and if not, why; and whether its layer can be centred.
+
+    After `coverage(..., verify=True)` also how far the layer's output is from its equation's, None where not compared.
+    """
 
     path: str
     shape: tuple[int, ...]
     tapped: bool
     reason: str
     centered: bool
+    error: float | None = None
 
     @property
     def size(self) -> int:
@@ -66,6 +75,11 @@ class Coverage:
         """The paths of tapped parameters that `center` passes as they are, because their layer has no bias."""
         return tuple(row.path for row in self.rows if row.tapped and not row.centered)
 
+    @property
+    def mismatched(self) -> dict[str, float]:
+        """The relative error of each tapped kernel whose layer computes something else than its equation, by path."""
+        return {row.path: row.error for row in self.rows if row.error is not None and not row.error <= _TOLERANCE}
+
     def __rich__(self) -> "Table":
         from rich.table import Table
 
@@ -75,6 +89,8 @@ class Coverage:
         for row in self.rows:
             shape = "×".join(map(str, row.shape)) or "scalar"
             answer = "yes" if row.centered else "yes (without bias: not centred)" if row.tapped else f"no: {row.reason}"
+            if row.path in self.mismatched:
+                answer += f", but the output is not the equation's: {row.error:.0%} off"
             table.add_row(row.path, shape, f"{row.size:,}", answer)
         return table
 
@@ -90,12 +106,27 @@ class Coverage:
 Coverage.__module__ = CoverageRow.__module__ = "eva_optax"
 
 
-def linen_coverage(variables: Any, interceptor: Interceptor) -> Coverage:
-    """`coverage` of a Linen module, from the shapes of its variables and what the interceptor noted."""
-    return report(variables.get("params", {}), interceptor.reasons, interceptor.classes, _ELEMENTWISE)
+def linen_coverage(model: TappedModule, verify: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coverage:
+    """`coverage` of a Linen module, from the shapes of its variables and what was noted of its layers."""
+    variables, interceptor = model.init_shapes(*args, **kwargs)
+
+    def run(errors: Errors, key: Any, *args: Any, **kwargs: Any) -> None:
+        variables = model.init(key, *args, **kwargs)
+        variables = {**variables, "params": perturbed(variables.get("params", {}))}
+        with verifying(errors):
+            model.apply(variables, *args, **{"rngs": {"params": key}, "mutable": True} | kwargs)
+
+    errors = collect(run, jax.random.key(0), args, kwargs) if verify else {}
+    return report(variables.get("params", {}), interceptor.reasons, interceptor.classes, _ELEMENTWISE, errors)
 
 
-def report(params: Any, reasons: dict[Path, str], classes: dict[Path, type], elementwise: tuple[type, ...]) -> Coverage:
+def report(
+    params: Any,
+    reasons: dict[Path, str],
+    classes: dict[Path, type],
+    elementwise: tuple[type, ...],
+    errors: Errors,
+) -> Coverage:
     """The report on a tree of parameters with probes.
 
     Args:
@@ -103,6 +134,7 @@ def report(params: Any, reasons: dict[Path, str], classes: dict[Path, type], ele
       reasons: why a parameter is not tapped, as far as known, by path.
       classes: the classes of the modules, by path.
       elementwise: classes of modules that hold no matrices.
+      errors: how far outputs are from their rules', as far as compared, by the path of the kernel.
     """
     tree = take_apart(params)
     layers = {
@@ -112,9 +144,9 @@ def report(params: Any, reasons: dict[Path, str], classes: dict[Path, type], ele
     def row(path: Path, leaf: Any) -> CoverageRow:
         shape, layer = tuple(leaf.shape), layers.get(path)
         reason = "" if layer else _reason(path, shape, reasons, classes, elementwise)
-        return CoverageRow(
-            "/".join(path), shape, layer is not None, reason, layer is not None and layer.bias is not None
-        )
+        centered = layer is not None and layer.bias is not None
+        error = errors.get(path) if layer else None
+        return CoverageRow("/".join(path), shape, layer is not None, reason, centered, error)
 
     pairs = zip(tree.paths, tree.leaves, strict=True)
     return Coverage(tuple(row(path, leaf) for path, leaf in pairs if not is_probe(path)))

@@ -117,21 +117,26 @@ def tapping(*, embeddings: bool = False, statistics: Sequence[str] = VECTORS) ->
     return linen_tapping(embeddings, check_statistics("tapping", statistics))
 
 
-def coverage(model: Any, *args: Any, **kwargs: Any) -> "Coverage":
+def coverage(model: Any, *args: Any, verify: bool = False, **kwargs: Any) -> "Coverage":
     """Reports which parameters of a model are tapped, which are not, and why.
 
     Args:
       model: the model, tapped (then with the options of `tap`) or not.
       *args: what a Linen model is called with, after the random key, as in `model.init(key, *args, **kwargs)`; for an
         NNX model what `tap` is given. Only shapes and dtypes are looked at: nothing is computed, and nothing changed.
+      verify: also run a copy of the model on these arguments, with random numbers added to its parameters, and compare
+        the output of every tapped layer with what its equation says, up to a constant factor. An NNX model needs the
+        arguments of a call then. Convolutions, lookups and experts are not compared.
       **kwargs: likewise.
 
     Returns:
       A `Coverage`: `rows` (path, shape, tapped, reason), `tapped` and `total` (numbers of entries), `share`, `untapped`
-      (reasons by path). `print` shows it as a table.
+      (reasons by path), `mismatched` (relative errors by path, after `verify`). `print` shows it as a table.
 
     Raises:
       TypeError: if `model` is no Flax module.
+      ValueError: if the equation of a registered layer does not fit its call, or an NNX model is to be verified without
+        the arguments of a call.
 
     Source: as `tap`.
 
@@ -144,9 +149,9 @@ def coverage(model: Any, *args: Any, **kwargs: Any) -> "Coverage":
     if is_nnx_module(model):
         from eva_optax._flax.nnx_coverage import nnx_coverage
 
-        return nnx_coverage(model, *args, **kwargs)
+        return nnx_coverage(model, *args, verify=verify, **kwargs)
     from eva_optax._flax.coverage import linen_coverage
     from eva_optax._flax.tapped_module import TappedModule
 
     tapped = model if isinstance(model, TappedModule) else tap(model)
-    return linen_coverage(*tapped.init_shapes(*args, **kwargs))
+    return linen_coverage(tapped, verify, args, kwargs)

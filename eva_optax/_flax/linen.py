@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from flax.core import freeze
 from flax.linen.recurrent import DenseParams
 from jax import Array
 
+from eva_optax._flax.call_arguments import split_input
 from eva_optax._flax.mapped_variables import params_are_mapped
 from eva_optax._flax.plans import (
     COMPLEX,
@@ -28,7 +30,8 @@ from eva_optax._flax.plans import (
     general_plan,
     transposed_plan,
 )
-from eva_optax._flax.registry import registered_call, split_input
+from eva_optax._flax.registry import registered_call
+from eva_optax._flax.verify import compare, is_verifying
 from eva_optax._probes.probe import (
     KRONECKER,
     VECTORS,
@@ -73,7 +76,7 @@ _ACTIVE: ContextVar["Interceptor | None"] = ContextVar("active", default=None)
 @contextmanager
 def linen_tapping(embeddings: bool, statistics: tuple[str, ...]) -> Iterator["Interceptor"]:
     """Taps every Linen call inside."""
-    interceptor = Interceptor(embeddings, statistics)
+    interceptor = Interceptor(embeddings, statistics, is_verifying())
     token = _ACTIVE.set(interceptor)
     try:
         with nn.intercept_methods(interceptor):
@@ -89,12 +92,14 @@ class Interceptor:
     Attributes:
       embeddings: whether lookups in embedding tables are tapped.
       statistics: what new probes collect.
+      verifying: whether outputs are compared with those of the rules.
       classes: the class of every module that ran.
       reasons: why a layer's kernel or bias is not tapped, by the path of the parameter.
     """
 
     embeddings: bool = False
     statistics: tuple[str, ...] = VECTORS
+    verifying: bool = False
     classes: dict[Path, type] = field(default_factory=dict)
     reasons: dict[Path, str] = field(default_factory=dict)
     _gates: dict[Path, tuple[LinearMap, Probe, Array]] = field(default_factory=dict)
@@ -108,17 +113,22 @@ class Interceptor:
         self.classes.setdefault(module.path, type(module))
         # Part of the key under which `nn.jit` caches a module: its untapped trace must not serve a tapped call.
         if KRONECKER not in module.scope.flags:
-            module.scope.flags = freeze({**module.scope.flags, KRONECKER: (self.embeddings, self.statistics)})
+            options = (self.embeddings, self.statistics, self.verifying)
+            module.scope.flags = freeze({**module.scope.flags, KRONECKER: options})
         function: Any = getattr(context.orig_method, "func", None)
         if function is _GATE:
             return self._gate(module, next_fun(*args, **kwargs), *args, **kwargs)
         y = next_fun(*args, **kwargs)
-        registration = registered_call(module, function)
-        build = registration.plan if registration else _PLANS.get(function)
-        if build is None:
+        registration, build = registered_call(module, function), _PLANS.get(function)
+        if registration:
+            call = registration.call_of(module, args, kwargs)
+            x, kernel, args, kwargs = call.x, call.kernel, (), {}
+            build = partial(registration.plan, call=call, y=y, path="/".join(module.path))
+        elif build is None:
             return y
-        kernel = "embedding" if build is embedding_plan else registration.kernel if registration else "kernel"
-        x, args, kwargs = split_input(function, args, kwargs)
+        else:
+            kernel = "embedding" if build is embedding_plan else "kernel"
+            x, args, kwargs = split_input(function, args, kwargs)
         plan = self._plan(module, kernel, build, x, args, kwargs)
         if isinstance(plan, Skip):
             self.reasons[*module.path, kernel] = plan.reason
@@ -126,6 +136,9 @@ class Interceptor:
         bias = plan.bias if plan.bias and module.has_variable("params", plan.bias) else None
         if plan.bias_reason:
             self.reasons[*module.path, "bias"] = plan.bias_reason
+        elif self.verifying:
+            weights, offset = (nn.meta.unbox(module.get_variable("params", name)) for name in (plan.kernel, bias or ""))
+            compare((*module.path, plan.kernel), plan.linear_map, weights, offset, x, y)
         probe = layer_probe(module, plan.linear_map, plan.kernel, bias)
         return y if probe is None else tap(plan.linear_map, bias is not None, probe, jnp.asarray(x), y)
 
@@ -190,7 +203,7 @@ def layer_probe(
         return nn.meta.unbox(dict(probes[name]))
     assert module.scope is not None
     count_rank = nn.meta.unbox(module.get_variable("params", bias or kernel)).ndim
-    _, statistics = module.scope.flags[KRONECKER]
+    _, statistics, _ = module.scope.flags[KRONECKER]
     shapes = probe_shapes(shapes_of, statistics, (*batch, *(1,) * (count_rank - len(batch))))
     module.put_variable("params", KRONECKER, {**probes, name: _boxed_probe(module, kernel, shapes)})
     return None

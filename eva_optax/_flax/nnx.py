@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from eva_optax._flax.nnx_classes import TappedMixin, layer_class, tapped_class
-from eva_optax._flax.nnx_layers import Kind, new_probe
-from eva_optax._flax.plans import COMPLEX, EMBEDDING_OFF, REPARAMETRISED, Shape, Skip
+from eva_optax._flax.nnx_layers import bias_name, new_probe
+from eva_optax._flax.plans import COMPLEX, DEPENDS_ON_CALL, EMBEDDING_OFF, REPARAMETRISED, Plan, Shape, Skip
 from eva_optax._flax.raw_parameters import RECORDER, Recorder
 from eva_optax._flax.tapped_module import TappedModule
 from eva_optax._probes.layers import has_probes
@@ -75,10 +75,10 @@ def modules(model: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Module]]:
 
 
 class Swap(NamedTuple):
-    """What is done to one layer: its new class, and its new probes by name."""
+    """What is done to one layer: its new class, if it gets one, and its new probes by name."""
 
     layer: nnx.Module
-    cls: type
+    cls: type | None
     probes: dict[str, dict[str, nnx.Variable[Any]]]
 
 
@@ -102,6 +102,7 @@ class Survey:
     reasons: dict[Path, str] = field(default_factory=dict)
     classes: dict[Path, type] = field(default_factory=dict)
     bridges: int = 0
+    _by_call: dict[int, type] = field(default_factory=dict)
     _shared: dict[tuple[int, int], dict[str, nnx.Variable[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,7 +110,7 @@ class Survey:
         reparametrised = {
             id(inner) for _, outer in found if isinstance(outer, _REPARAMETRISING) for _, inner in nnx.iter_graph(outer)
         }
-        for path, layer in found:
+        for index, (path, layer) in enumerate(found):
             names = tuple(map(str, path))
             self.classes[names] = getattr(layer, "untapped_class", type(layer))
             if isinstance(layer, nnx.bridge.ToNNX):
@@ -119,36 +120,42 @@ class Survey:
             if known is None:
                 continue
             base, kind = known
-            reason = REPARAMETRISED if id(layer) in reparametrised else skip_reason(layer, base, kind, self.embeddings)
-            if reason is None:
-                self._survey_layer(names, layer, base, kind)
-            else:
-                self.reasons[*names, kind.kernel] = reason
+            kernel = kind.kernel_of(layer)
+            skip = skip_reason(layer, base, kernel, self.embeddings)
+            reason = REPARAMETRISED if id(layer) in reparametrised else skip
+            plans = kind.plans(layer, "/".join(names)) if reason is None else None
+            if plans is not None:
+                self._survey_layer(names, layer, kernel or "", plans, tapped_class(type(layer), base, kind))
+                continue
+            for name in vars(layer) if kernel is None else (kernel,):
+                self.reasons[*names, name] = reason or DEPENDS_ON_CALL
+            if reason is None and not isinstance(layer, TappedMixin):
+                self._by_call[index] = tapped_class(type(layer), base, kind)
         if self.args or self.kwargs:
             self._survey_calls(found)
 
     def apply(self) -> None:
         """Taps what was found."""
         for layer, cls, probes in self.swaps:
-            object.__setattr__(layer, "__class__", cls)
+            if cls is not None:
+                object.__setattr__(layer, "__class__", cls)
             if probes:
                 setattr(layer, KRONECKER, nnx.data({**vars(layer).get(KRONECKER, {}), **probes}))
 
-    def _survey_layer(self, names: Path, layer: nnx.Module, base: type, kind: Kind) -> None:
+    def _survey_layer(self, names: Path, layer: nnx.Module, kernel: str, plans: list[Plan], tapped: type) -> None:
         probes = {}
-        for plan in kind.plans(layer):
+        for plan in plans:
             if isinstance(plan, Skip):
-                self.reasons[*names, kind.kernel] = plan.reason
+                self.reasons[*names, kernel] = plan.reason
                 return
             if jnp.issubdtype(getattr(layer, plan.kernel).dtype, jnp.complexfloating):
                 self.reasons[*names, plan.kernel] = COMPLEX
                 return
             if plan.bias_reason:
                 self.reasons[*names, "bias"] = plan.bias_reason
-            bias = plan.bias if getattr(layer, plan.bias or "", None) is not None else None
-            probes |= self._probe(layer, plan.linear_map, plan.kernel, bias)
+            probes |= self._probe(layer, plan.linear_map, plan.kernel, bias_name(layer, plan))
         if not isinstance(layer, TappedMixin):
-            self.swaps.append(Swap(layer, tapped_class(type(layer), base, kind), probes))
+            self.swaps.append(Swap(layer, tapped, probes))
 
     def _probe(
         self, layer: nnx.Module, vectors: KernelShapes, kernel: str, bias: str | None, batch: Shape = ()
@@ -178,7 +185,7 @@ class Survey:
 
     def _survey_calls(self, found: list[tuple[tuple[Any, ...], nnx.Module]]) -> None:
         """Finds the calls of `tap_einsum` and its like, by tracing a copy of the model."""
-        recorders = [Recorder() for _ in found]
+        recorders = [Recorder(tuple(map(str, path))) for path, _ in found]
         graphdef, state = nnx.split(self.model)
         leaves, treedef = jax.tree.flatten((self.args, self.kwargs))
         # Flags and the like stay what they are.
@@ -186,34 +193,36 @@ class Survey:
 
         def call(state: Any, arrays: dict[int, Any]) -> None:
             copy: Any = nnx.merge(graphdef, state)
-            for recorder, (_, layer) in zip(recorders, modules(copy), strict=True):
+            for index, (recorder, (_, layer)) in enumerate(zip(recorders, modules(copy), strict=True)):
+                if index in self._by_call:
+                    object.__setattr__(layer, "__class__", self._by_call[index])
                 setattr(layer, RECORDER, recorder)
             args, kwargs = treedef.unflatten([arrays.get(index, leaf) for index, leaf in enumerate(leaves)])
             copy(*args, **kwargs)
 
         jax.eval_shape(call, state, arrays)
-        for recorder, (_, layer) in zip(recorders, found, strict=True):
+        for index, (recorder, (_, layer)) in enumerate(zip(recorders, found, strict=True)):
             probes = {}
             for vectors, kernel, bias, batch in recorder.calls:
                 probes |= self._probe(layer, vectors, kernel, bias, batch)
             if probes:
-                self.swaps.append(Swap(layer, type(layer), probes))
+                self.swaps.append(Swap(layer, self._by_call.get(index), probes))
 
 
-def skip_reason(layer: nnx.Module, base: type, kind: Kind, embeddings: bool) -> str | None:
-    """Why a layer of a class with a rule is not tapped; None if it is."""
+def skip_reason(layer: nnx.Module, base: type, kernel: str | None, embeddings: bool) -> str | None:
+    """Why a layer of a class with a rule is not tapped; None if it is. The kernel is None if only a call tells."""
     if base is nnx.Embed and not embeddings:
         return EMBEDDING_OFF
-    if not isinstance(getattr(layer, kind.kernel, None), nnx.Variable):
-        return f"{base.__name__} has no parameter {kind.kernel!r}"
+    if kernel and not isinstance(getattr(layer, kernel, None), nnx.Variable):
+        return f"{base.__name__} has no parameter {kernel!r}"
     for cls in type(layer).__mro__:
         if cls is base:
             return None
-        if kind.kernel in vars(cls):
+        if kernel in vars(cls):
             return REPARAMETRISED
         if "__call__" in vars(cls) and not issubclass(cls, TappedMixin):
             names = _names(inspect.unwrap(vars(cls)["__call__"]))
-            if kind.kernel in names:
+            if kernel in names:
                 return REPARAMETRISED
             if "super" not in names:
                 return f"{cls.__name__} computes its output in its own way"

@@ -13,8 +13,7 @@ from typing import Any
 from flax import nnx
 
 from eva_optax._flax.linen import linen_tapping
-from eva_optax._flax.nnx_layers import Kind, kind_of
-from eva_optax._flax.registry import split_input
+from eva_optax._flax.nnx_layers import AnyKind, kind_of
 from eva_optax._probes.probe import STATISTICS, VECTORS
 
 _PREFIX = "Tapped:"
@@ -27,7 +26,7 @@ class TappedMixin:
     untapped_class: type
 
 
-def layer_class(layer: type) -> tuple[type, Kind] | None:
+def layer_class(layer: type) -> tuple[type, AnyKind] | None:
     """The class in the order of resolution that has a rule, and the rule."""
     for base in layer.__mro__:
         kind = kind_of(base)
@@ -38,7 +37,7 @@ def layer_class(layer: type) -> tuple[type, Kind] | None:
 
 @cache
 def tapped_class(
-    cls: type, base: type, kind: Kind | None, embeddings: bool = False, statistics: tuple[str, ...] = VECTORS
+    cls: type, base: type, kind: AnyKind | None, embeddings: bool = False, statistics: tuple[str, ...] = VECTORS
 ) -> type:
     """The tapped subclass of `cls`, whose base with a rule is `base`; without a kind, of a bridge to Linen."""
     if cls is base:
@@ -60,14 +59,13 @@ def tapped_class(
     return types.new_class(f"Tapped{cls.__name__}", bases, pytree, body)
 
 
-def _tapped_call(cls: type, kind: Kind) -> Callable[..., Any]:
+def _tapped_call(cls: type, kind: AnyKind) -> Callable[..., Any]:
     """The `__call__` of the tapped subclass of a class with a rule."""
     original: Any = cls.__call__
 
     @wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        y = original(self, *args, **kwargs)
-        return kind.tapped(self, y, *split_input(original, args, kwargs))
+        return kind.tapped(self, original(self, *args, **kwargs), original, args, kwargs)
 
     return call
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from eva_optax._flax.call_arguments import split_input
 from eva_optax._flax.plans import (
     Plan,
     Shape,
@@ -20,11 +21,12 @@ from eva_optax._flax.plans import (
     dense_plan,
     embedding_plan,
     equation_plan,
-    example_input,
     general_plan,
     transposed_plan,
 )
+from eva_optax._flax.raw_parameters import RECORDER, RecordedCall
 from eva_optax._flax.registry import Registration, registered_class
+from eva_optax._flax.verify import compare, is_verifying
 from eva_optax._probes.probe import (
     KRONECKER,
     STATISTICS,
@@ -37,6 +39,7 @@ from eva_optax._probes.probe import (
 )
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.einsum import Contraction
+from eva_optax._statistics.equation import example_input
 
 # A layer's own kernel shape, without the axes that `nnx.vmap` stacks, from the layer and the shape of its kernel.
 OwnShape = Callable[[Any, Shape], Shape]
@@ -49,36 +52,67 @@ class Kind:
     build: Callable[..., Plan]
     own_shape: OwnShape
     kernel: str = "kernel"
-    registration: Registration | None = None
 
-    def plans(self, layer: Any) -> list[Plan]:
-        """One plan for each kernel of the layer, without an input: of a call whose input has as few axes as can be."""
+    def kernel_of(self, layer: Any) -> str | None:
+        """The name of the layer's kernel, or None if only a call tells."""
+        return self.kernel
+
+    def plans(self, layer: Any, path: str = "") -> list[Plan] | None:
+        """One plan for each kernel of the layer, without a call: for an input with as few axes as can be.
+
+        None if that takes a call. `path` is for messages.
+        """
         shape = self.own_shape(layer, getattr(layer, self.kernel).shape)
         return [self.build(layer, shape, _example_input(layer, self, shape))]
 
-    def tapped(self, layer: Any, y: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        """The output `y` of a call, tapped."""
+    def tapped(self, layer: Any, y: Array, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Array:
+        """The output `y` of a call of `function`, tapped."""
+        x, args, kwargs = split_input(function, args, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key != "out_sharding"}
         plan = self.build(layer, getattr(layer, self.kernel).shape, jnp.shape(x), *args, **kwargs)
         return y if isinstance(plan, Skip) else tap_parameters(layer, plan, jnp.asarray(x), y)
 
 
+@dataclass(frozen=True)
+class RegisteredKind:
+    """Layers of a registered class."""
+
+    registration: Registration
+
+    def kernel_of(self, layer: Any) -> str | None:
+        return self.registration.kernel_of(layer)
+
+    def plans(self, layer: Any, path: str = "") -> list[Plan] | None:
+        plan = self.registration.plan_of_layer(layer, path)
+        return None if plan is None else [plan]
+
+    def tapped(self, layer: Any, y: Array, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Array:
+        call = self.registration.call_of(layer, args, kwargs)
+        kernel, recorder = getattr(layer, call.kernel), vars(layer).get(RECORDER)
+        path = None if recorder is None else "/".join(recorder.path)
+        plan = self.registration.plan(layer, kernel.shape, jnp.shape(call.x), call=call, y=y, path=path)
+        return tap_parameters(layer, plan, jnp.asarray(call.x), y)
+
+
+AnyKind = Kind | RegisteredKind
+
+
 class LoRAKind(Kind):
     """The two small matrices of a LoRA layer, whose intermediate result is hidden in its call."""
 
-    def plans(self, layer: Any) -> list[Plan]:
+    def plans(self, layer: Any, path: str = "") -> list[Plan]:
         return [
             Tap(Contraction(getattr(layer, name).shape[-2:], "i", "io", "o", ""), kernel=name, bias=None)
             for name in ("lora_a", "lora_b")
         ]
 
-    def tapped(self, layer: Any, y: Array, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+    def tapped(self, layer: Any, y: Array, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Array:
         # All is linear: means of the input pass through the first matrix, and zeros added to the output collect the
         # sum of its cotangent, which passes back through the second.
         first, second = self.plans(layer)
         assert isinstance(first, Tap)
         assert isinstance(second, Tap)
-        x = jnp.asarray(x)
+        x = jnp.asarray(split_input(function, args, kwargs)[0])
         mean = jnp.mean(x, tuple(range(x.ndim - 1)), dtype=accumulator(x.dtype))
         a, b = (jnp.asarray(value[...]).astype(mean.dtype) for value in (layer.lora_a, layer.lora_b))
         inner = tap_parameters(layer, first, mean, jnp.zeros(a.shape[-1], mean.dtype))
@@ -89,8 +123,11 @@ class LoRAKind(Kind):
 
 def tap_parameters(layer: Any, plan: Tap, x: Array, y: Array) -> Array:
     """`y`, tapped with the probe beside the plan's kernel; as it is if the layer has none."""
-    bias = plan.bias if getattr(layer, plan.bias or "", None) is not None else None
-    probe = read_probe(layer, plan.kernel, bias)
+    bias = bias_name(layer, plan)
+    if is_verifying() and RECORDER in vars(layer) and not plan.bias_reason:
+        kernel, offset = getattr(layer, plan.kernel)[...], None if bias is None else getattr(layer, bias)[...]
+        compare((*vars(layer)[RECORDER].path, plan.kernel), plan.linear_map, kernel, offset, x, y)
+    probe = module_probe(layer, plan.linear_map, plan.kernel, bias)
     if probe is None:
         return y
     wanted = {name: STATISTICS[name].shape(plan.linear_map) for name in STATISTICS if name in probe}
@@ -104,8 +141,17 @@ def tap_parameters(layer: Any, plan: Tap, x: Array, y: Array) -> Array:
     return tap(plan.linear_map, bias is not None, probe, x, y)
 
 
-def read_probe(layer: Any, kernel: str, bias: str | None) -> Probe | None:
-    """The arrays of the probe beside these parameters, or None."""
+def bias_name(layer: Any, plan: Tap) -> str | None:
+    """The name of the layer's bias, or None without one; an array that is no variable is none."""
+    return plan.bias if plan.bias and isinstance(getattr(layer, plan.bias, None), nnx.Variable) else None
+
+
+def module_probe(layer: Any, vectors: KernelShapes, kernel: str, bias: str | None, batch: Shape = ()) -> Probe | None:
+    """The arrays of the probe beside these parameters; None without one, and while calls are recorded."""
+    recorder = vars(layer).get(RECORDER)
+    if recorder is not None:
+        recorder.calls.append(RecordedCall(vectors, kernel, bias, batch))
+        return None
     probe = (vars(layer).get(KRONECKER) or {}).get(probe_name(kernel, bias))
     return None if probe is None else {name: variable[...] for name, variable in probe.items()}
 
@@ -167,8 +213,6 @@ def _example_input(layer: Any, kind: Kind, kernel_shape: Shape) -> Shape:
     """The shape of an input that the layer may have."""
     if isinstance(layer, nnx.LinearGeneral):
         return (1,) * (2 * max(abs(int(axis)) + 1 for axis in (*layer.axis, *layer.batch_axis)))
-    if kind.registration:
-        return example_input(kind.registration.equation_of(layer), kernel_shape)
     if kind.build is _einsum:
         return example_input(layer.einsum_str, kernel_shape)
     return kernel_shape[:1]
@@ -195,13 +239,7 @@ _KINDS: dict[type, Kind] = {
 }
 
 
-def kind_of(layer: type) -> Kind | None:
+def kind_of(layer: type) -> AnyKind | None:
     """How instances of this very class are tapped; its subclasses may do something else."""
     registration = registered_class(layer)
-    return _KINDS.get(layer) if registration is None else _registered_kind(registration)
-
-
-@cache
-def _registered_kind(registration: Registration) -> Kind:
-    """The same for equal registrations, so that a class that is registered again has the same tapped class."""
-    return Kind(registration.plan, registration.own_shape, registration.kernel, registration)
+    return _KINDS.get(layer) if registration is None else RegisteredKind(registration)

@@ -6,7 +6,8 @@ from typing import Any
 
 from eva_optax._probes.probe import LinearMap, Shape
 from eva_optax._statistics.convolution import Convolution, LocalConvolution, TransposedConvolution
-from eva_optax._statistics.einsum import Contraction, Lookup, parse_equation
+from eva_optax._statistics.einsum import Contraction, Lookup
+from eva_optax._statistics.equation import parse_equation
 
 EMBEDDING_OFF = "embedding: off by default, pass embeddings=True"
 MASKED = "masked kernel"
@@ -15,6 +16,7 @@ DIAGONAL = "einsum equation takes a diagonal"
 BROADCASTS = "einsum broadcasts the kernel or the input"
 BIAS_ORDER = "bias axes are ordered unlike the kernel's"
 COMPLEX = "complex kernel"
+DEPENDS_ON_CALL = "what its layer computes depends on the call: tap with an example input, eva_optax.tap(model, x)"
 
 
 @dataclass(frozen=True)
@@ -55,29 +57,24 @@ def general_plan(axis: Any, batch_dims: Any, kernel_shape: Shape, x_shape: Shape
 
 
 def equation_plan(
-    equation: str, kernel_shape: Shape, x_shape: Shape, kernel: str = "kernel", bias: str | None = "bias"
+    equation: str,
+    kernel_shape: Shape,
+    x_shape: Shape,
+    kernel: str = "kernel",
+    bias: str | None = "bias",
+    y_shape: Shape | None = None,
 ) -> Plan:
-    """The plan of a layer that computes an einsum equation."""
-    rule = parse_equation(equation, x_shape, kernel_shape)
+    """The plan of a layer that computes an equation; without the output's shape, as if that fitted."""
+    rule = parse_equation(equation, x_shape, kernel_shape, y_shape)
     if rule is None:
         repeated = any(
-            term.count(letter) > 1 for term in re.split(",|->", equation) for letter in term if letter not in ". "
+            term.count(letter) > 1 for term in re.split(",|->", equation) for letter in term if letter not in ". ()"
         )
         return Skip(DIAGONAL if repeated else BROADCASTS)
     # Flax orders the axes of the bias as they come in the output.
-    order = [rule.kernel.index(letter) for letter in rule.y if letter in rule.kernel]
-    if order == sorted(order):
+    if rule.has_ordered_bias:
         return Tap(rule, kernel, bias)
     return Tap(rule, kernel, bias=None, bias_reason=BIAS_ORDER)
-
-
-def example_input(equation: str, kernel_shape: Shape) -> Shape:
-    """The shape of an input that a layer of this equation takes, with as few axes as can be."""
-    x, kernel = equation.replace(" ", "").split("->")[0].split(",")
-    hidden = len(kernel_shape) - len(kernel.replace("...", ""))
-    letters = "".join(chr(ord("Z") + 1 + index) for index in range(hidden))  # of no alphabet
-    sizes = dict(zip(kernel.replace("...", letters), kernel_shape, strict=True))
-    return tuple(sizes.get(letter, 1) for letter in x.replace("...", letters))
 
 
 def convolution_plan(layer: Any, kernel_shape: Shape, x_shape: Shape) -> Plan:

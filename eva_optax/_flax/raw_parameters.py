@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._flax.registry import check_equation
-from eva_optax._probes.probe import KRONECKER, KernelShapes, Probe
+from eva_optax._flax.verify import compare, is_verifying
+from eva_optax._probes.probe import KRONECKER, KernelShapes, Path, Probe
 from eva_optax._probes.tap import tap
-from eva_optax._statistics.einsum import parse_equation
+from eva_optax._statistics.equation import parse_equation
 from eva_optax._statistics.ragged_dot import RaggedDot, tap_ragged
 
 RECORDER = "eva_optax_recorder"
@@ -26,8 +27,14 @@ class RecordedCall(NamedTuple):
 
 @dataclass(eq=False)
 class Recorder:
-    """Stands in a module as a static attribute while it is traced, through every transformation; notes its calls."""
+    """Stands in a module as a static attribute while it is traced, through every transformation; notes its calls.
 
+    Attributes:
+      path: of the module.
+      calls: what it called.
+    """
+
+    path: Path
     calls: list[RecordedCall] = field(default_factory=list)
 
 
@@ -41,7 +48,8 @@ def tap_einsum(module: Any, kernel: str, equation: str, x: Array, y: Array, *, b
     Args:
       module: the Linen or NNX module that owns the parameters, usually `self`.
       kernel: the name of the kernel in it.
-      equation: "input,kernel->output", with an ellipsis for any number of leading axes.
+      equation: "input,kernel->output", with an ellipsis for any number of leading axes, and parentheses around axes
+        that the module merges, as for `register`.
       x: the input.
       y: the output, before or after the bias is added.
       bias: the name of a bias that is added to the output, in the module, if there is one. It has the kernel's output
@@ -71,18 +79,19 @@ def tap_einsum(module: Any, kernel: str, equation: str, x: Array, y: Array, *, b
     """
     check_equation("eva_optax.tap_einsum", equation)
     x, y = jnp.asarray(x), jnp.asarray(y)
-    shape = parameter_shape(module, "tap_einsum", "kernel", kernel)
-    if bias is not None:
-        parameter_shape(module, "tap_einsum", "bias", bias)
-    terms = equation.replace(" ", "").replace("->", ",").split(",")
-    fits = all(map(_fits, terms, (x.ndim, len(shape), y.ndim)))
-    rule = parse_equation(equation, x.shape, shape) if fits else None
+    weight = parameter(module, "tap_einsum", "kernel", kernel)
+    offset = None if bias is None else parameter(module, "tap_einsum", "bias", bias)
+    shape = tuple(weight.shape)
+    rule = parse_equation(equation, x.shape, shape, y.shape)
     if rule is None:
         raise ValueError(
             f"eva_optax.tap_einsum: equation {equation!r} does not fit an input of shape {x.shape}, the kernel "
-            f"{kernel!r} of shape {shape} and an output of shape {y.shape}. Every axis needs a letter of its own, and "
+            f"{kernel!r} of shape {shape} and an output of shape {y.shape}, in {type(module).__name__} at "
+            f"{'/'.join(_path(module))!r}. Every axis needs a letter of its own, and "
             "axes with the same letter the same size."
         )
+    if is_verifying():
+        compare((*_path(module), kernel), rule, weight, offset, x, y)
     probe = find_probe(module, rule, kernel, bias)
     return y if probe is None else tap(rule, bias is not None, probe, x, y)
 
@@ -141,14 +150,13 @@ def tap_ragged_dot(
     return y if probe is None else tap_ragged(bias is not None, probe, x, y, group_sizes)
 
 
-def _fits(term: str, rank: int) -> bool:
-    """Whether a term of an equation may describe an array of this rank."""
-    letters = len(term.replace("...", ""))
-    return letters <= rank if "..." in term else letters == rank
-
-
 def parameter_shape(module: Any, caller: str, argument: str, name: str) -> tuple[int, ...]:
     """The shape of a parameter that the module owns."""
+    return tuple(parameter(module, caller, argument, name).shape)
+
+
+def parameter(module: Any, caller: str, argument: str, name: str) -> Array:
+    """A parameter that the module owns."""
     import flax.linen as nn
     from flax import nnx
 
@@ -166,7 +174,12 @@ def parameter_shape(module: Any, caller: str, argument: str, name: str) -> tuple
         raise ValueError(
             f"eva_optax.{caller}: {argument}={name!r}, but {type(module).__name__} has no parameter of this name."
         )
-    return tuple(value.shape)
+    return value if isinstance(module, nn.Module) else value[...]
+
+
+def _path(module: Any) -> Path:
+    """The path of a module, in NNX while it has a recorder."""
+    return vars(module)[RECORDER].path if RECORDER in vars(module) else getattr(module, "path", ())
 
 
 def find_probe(
@@ -181,10 +194,6 @@ def find_probe(
         # Set on the scopes of tapped modules, see `Interceptor`.
         tapped = module.scope is not None and KRONECKER in module.scope.flags
         return layer_probe(module, vectors, kernel, bias, batch) if tapped else None
-    from eva_optax._flax.nnx_layers import read_probe
+    from eva_optax._flax.nnx_layers import module_probe
 
-    recorder = vars(module).get(RECORDER)
-    if recorder is not None:
-        recorder.calls.append(RecordedCall(vectors, kernel, bias, batch))
-        return None
-    return read_probe(module, kernel, bias)
+    return module_probe(module, vectors, kernel, bias, batch)

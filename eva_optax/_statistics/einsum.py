@@ -1,8 +1,8 @@
 """Kronecker vectors of layers that contract their input with the kernel: Dense, DenseGeneral, Einsum, Embed."""
 
-import string
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -32,6 +32,12 @@ class Contraction:
         b = tuple(size if c in self.y else 1 for c, size in axes)
         return a, b
 
+    @property
+    def has_ordered_bias(self) -> bool:
+        """Whether the output has the kernel's output axes in the kernel's order, as the layout of a bias wants it."""
+        order = [self.kernel.index(letter) for letter in self.y if letter in self.kernel]
+        return order == sorted(order)
+
     def mean_input(self, x: Array) -> Array:
         a = _reduce(x, self.x, self.kernel, self.kernel_shape)
         count = 1
@@ -42,6 +48,13 @@ class Contraction:
     def sum_cotangent(self, dy: Array) -> Array:
         return _reduce(dy, self.y, self.kernel, self.kernel_shape)
 
+    def apply(self, x: Array, kernel: Array, bias: Array | None = None) -> Array:
+        """The output of the layer, to compare with."""
+        equation = f"{self.x},{self.kernel}->{self.y}"
+        y = jnp.einsum(equation, x, kernel, precision=jax.lax.Precision.HIGHEST)
+        sizes = (size if letter in self.kernel else 1 for letter, size in zip(self.y, y.shape, strict=True))
+        return y if bias is None else y + bias.reshape(tuple(sizes))
+
 
 def _reduce(array: Array, letters: str, kernel: str, kernel_shape: tuple[int, ...]) -> Array:
     """`array` summed over the letters that the kernel lacks, laid out in the kernel's rank."""
@@ -50,31 +63,6 @@ def _reduce(array: Array, letters: str, kernel: str, kernel_shape: tuple[int, ..
     total = jnp.sum(array, axes, dtype=accumulator(array.dtype))
     total = jnp.transpose(total, [kept.index(letter) for letter in kernel if letter in kept])
     return total.reshape([size if c in kept else 1 for c, size in zip(kernel, kernel_shape, strict=True)])
-
-
-def parse_equation(equation: str, x_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> Contraction | None:
-    """The `Contraction` of an explicit einsum equation "input,kernel->output", or None if it is none.
-
-    An ellipsis stands for as many axes as the input has left, aligned at the right in all three terms. An equation that
-    repeats a letter within one term takes a diagonal, one whose axes of size 1 meet larger ones broadcasts: neither is
-    a contraction.
-    """
-    inputs, y = equation.replace(" ", "").split("->")
-    x, kernel = inputs.split(",")
-    unused = [letter for letter in string.ascii_letters if letter not in equation]
-    ellipsis = "".join(unused[: max(len(x_shape) - len(x.replace("...", "")), 0)])
-    hidden_in_kernel = len(kernel_shape) - len(kernel.replace("...", ""))
-    x, y = x.replace("...", ellipsis), y.replace("...", ellipsis)
-    kernel = kernel.replace("...", ellipsis[len(ellipsis) - hidden_in_kernel :])
-    if any(len(set(term)) < len(term) for term in (x, kernel, y)):
-        return None
-    if len(kernel) != len(kernel_shape):  # its ellipsis is longer than the input's
-        return None
-    sizes = dict(zip(x, x_shape, strict=True))
-    if any(sizes.get(letter, size) != size for letter, size in zip(kernel, kernel_shape, strict=True)):
-        return None
-    positions = "".join(letter for letter in x if letter in y and letter not in kernel)
-    return Contraction(kernel_shape, x, kernel, y, positions)
 
 
 @dataclass(frozen=True)

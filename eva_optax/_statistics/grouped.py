@@ -1,0 +1,61 @@
+"""Kronecker vectors of layers that reshape around their product, written with einops' parentheses.
+
+"...(h i),h i j->...(h j)" splits the input's last axis and merges the output's; "...i,i(h d)->...h d" has a kernel
+that is stored with two of its axes merged. The vectors are those of the product between the split arrays, and then
+merged as the kernel is.
+"""
+
+import math
+from dataclasses import dataclass
+
+from jax import Array
+
+from eva_optax._probes.probe import Shape
+from eva_optax._statistics.einsum import Contraction
+
+Split = tuple[Shape | None, ...]  # for each axis the sizes that it is split into, None for one that stays
+
+
+@dataclass(frozen=True)
+class GroupedContraction:
+    """The layer that splits its input and its kernel, contracts them by `split`, and merges the output."""
+
+    kernel_shape: Shape
+    split: Contraction
+    x_axes: Split
+    kernel_axes: Split
+    y_axes: Split
+
+    @property
+    def probe_shapes(self) -> tuple[Shape, Shape]:
+        a, b = self.split.probe_shapes
+        return self._merged(a), self._merged(b)
+
+    @property
+    def has_ordered_bias(self) -> bool:
+        return self.split.has_ordered_bias
+
+    def mean_input(self, x: Array) -> Array:
+        return self.split.mean_input(_split(x, self.x_axes)).reshape(self.probe_shapes[0])
+
+    def sum_cotangent(self, dy: Array) -> Array:
+        return self.split.sum_cotangent(_split(dy, self.y_axes)).reshape(self.probe_shapes[1])
+
+    def apply(self, x: Array, kernel: Array, bias: Array | None = None) -> Array:
+        y = self.split.apply(_split(x, self.x_axes), _split(kernel, self.kernel_axes), bias)
+        return y.reshape(_merge(y.shape, self.y_axes))
+
+    def _merged(self, shape: Shape) -> Shape:
+        return _merge(shape, self.kernel_axes)
+
+
+def _split(array: Array, axes: Split) -> Array:
+    return array.reshape(
+        [part for size, parts in zip(array.shape, axes, strict=True) for part in ((size,) if parts is None else parts)]
+    )
+
+
+def _merge(shape: Shape, axes: Split) -> Shape:
+    """The shape of an array after its split axes are merged again."""
+    sizes = iter(shape)
+    return tuple(math.prod(next(sizes) for _ in parts or (1,)) for parts in axes)
