@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import numpy as np
 
 from eva_optax._flax.tapped_module import TappedModule
-from eva_optax._flax.verify import Errors, collect, perturbed, verifying
+from eva_optax._flax.verify import Errors, collect, perturbed, random_key, verifying
 from eva_optax._probes.layers import take_apart
 from eva_optax._probes.probe import Path, is_probe
 
@@ -116,7 +115,7 @@ def linen_coverage(model: TappedModule, verify: bool, args: tuple[Any, ...], kwa
         with verifying(errors):
             model.apply(variables, *args, **{"rngs": {"params": key}, "mutable": True} | kwargs)
 
-    errors = collect(run, jax.random.key(0), args, kwargs) if verify else {}
+    errors = collect(run, random_key(0), args, kwargs) if verify else {}
     return report(variables.get("params", {}), interceptor.reasons, interceptor.classes, _ELEMENTWISE, errors)
 
 

@@ -11,7 +11,7 @@ from eva_optax._flax.verify import compare, is_verifying
 from eva_optax._probes.probe import KRONECKER, KernelShapes, Path, Probe
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.equation import parse_equation
-from eva_optax._statistics.ragged_dot import RaggedDot, tap_ragged
+from eva_optax._statistics.ragged_dot import parse_ragged_dot, tap_ragged
 
 RECORDER = "eva_optax_recorder"
 
@@ -97,7 +97,14 @@ def tap_einsum(module: Any, kernel: str, equation: str, x: Array, y: Array, *, b
 
 
 def tap_ragged_dot(
-    module: Any, kernel: str, x: Array, y: Array, group_sizes: Array, *, bias: str | None = None
+    module: Any,
+    kernel: str,
+    x: Array,
+    y: Array,
+    group_sizes: Array,
+    *,
+    bias: str | None = None,
+    equation: str = "ni,eio->no",
 ) -> Array:
     r"""Taps :math:`y = \mathrm{ragged\_dot}(x, W, \mathrm{group\_sizes})`, as `jax.lax.ragged_dot` computes it.
 
@@ -106,11 +113,13 @@ def tap_ragged_dot(
 
     Args:
       module: the Linen or NNX module that owns the parameters, usually `self`.
-      kernel: the name of the kernel in it, of shape (experts, inputs, outputs).
+      kernel: the name of the kernel in it, of shape (experts, inputs, outputs), or as the equation says.
       x: the input, (rows, inputs), sorted by expert.
       y: the output, (rows, outputs), before or after the bias is added.
       group_sizes: the number of rows of each expert, integers, (experts,). Rows beyond their sum belong to none.
       bias: the name of a bias of shape (experts, outputs) that is added in the module, if there is one.
+      equation: "input,kernel->output" as for `tap_einsum`, with n for the rows and e for the experts, both first: for a
+        kernel that is stored in another way than `ragged_dot` gets it ("ni,ehoi->n(ho)").
 
     Returns:
       `y`, as for `tap_einsum`.
@@ -135,19 +144,21 @@ def tap_ragged_dot(
       >>> eva_optax.vectors(grads)[""].b[:, 0, 0]
       Array([1., 3.], dtype=float32)
     """
+    check_equation("eva_optax.tap_ragged_dot", equation)
     x, y, group_sizes = jnp.asarray(x), jnp.asarray(y), jnp.asarray(group_sizes)
     shape = parameter_shape(module, "tap_ragged_dot", "kernel", kernel)
     if bias is not None:
         parameter_shape(module, "tap_ragged_dot", "bias", bias)
-    fits = (x.ndim, y.ndim, len(shape)) == (2, 2, 3) and x.shape[0] == y.shape[0]
-    if not fits or shape != (*group_sizes.shape, x.shape[1], y.shape[1]):
+    rule = parse_ragged_dot(equation, x.shape, shape, y.shape, group_sizes.shape)
+    if rule is None:
         raise ValueError(
             f"eva_optax.tap_ragged_dot: an input of shape {x.shape}, the kernel {kernel!r} of shape {shape}, "
-            f"group_sizes of shape {group_sizes.shape} and an output of shape {y.shape} do not fit. They must be "
-            "(rows, inputs), (experts, inputs, outputs), (experts,) and (rows, outputs)."
+            f"group_sizes of shape {group_sizes.shape}, an output of shape {y.shape} and the equation {equation!r} do "
+            f"not fit, in {type(module).__name__} at {'/'.join(_path(module))!r}. Shapes must be (rows, inputs), "
+            "(experts, inputs, outputs), (experts,) and (rows, outputs), unless the equation says otherwise."
         )
-    probe = find_probe(module, RaggedDot(shape), kernel, bias, batch=shape[:1])
-    return y if probe is None else tap_ragged(bias is not None, probe, x, y, group_sizes)
+    probe = find_probe(module, rule, kernel, bias, batch=shape[:1])
+    return y if probe is None else tap_ragged(rule, bias is not None, probe, x, y, group_sizes)
 
 
 def parameter_shape(module: Any, caller: str, argument: str, name: str) -> tuple[int, ...]:

@@ -92,6 +92,11 @@ def relative_error(
     return jnp.min(jnp.stack([error(output) for output in outputs]))
 
 
+def random_key(seed: int) -> Array:
+    """A key whose numbers compile fast; it does not matter which they are."""
+    return jax.random.key(seed, impl="unsafe_rbg")
+
+
 def perturbed(params: Any) -> Any:
     """Parameters with a little noise, because many a kernel starts from zeros, which every rule fits."""
 
@@ -109,4 +114,4 @@ def _real(index: int, leaf: Any) -> Any:
 
 
 def _noise(index: int, leaf: Any) -> Array:
-    return jax.random.normal(jax.random.key(index), leaf.shape, leaf.dtype)
+    return jax.random.normal(random_key(index), leaf.shape, leaf.dtype)

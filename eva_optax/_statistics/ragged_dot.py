@@ -7,34 +7,57 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from eva_optax._probes.probe import Probe, accumulator
+from eva_optax._probes.probe import Probe, Shape, accumulator
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.einsum import Contraction
+from eva_optax._statistics.equation import parse_equation, split_terms
+from eva_optax._statistics.grouped import GroupedContraction
 
 
 @dataclass(frozen=True)
 class RaggedDot:
-    """Experts are a batch axis of the kernel (experts, inputs, outputs).
+    """Experts are the first axis of the kernel; `expert` is what one of them does with one row.
 
-    This is no `Rule`: how the vectors are computed depends on the groups' sizes, see `tap_ragged`.
+    This is no `LinearMap`: how the vectors are computed depends on the groups' sizes, see `tap_ragged`.
     """
 
-    kernel_shape: tuple[int, ...]
+    experts: int
+    expert: Contraction | GroupedContraction
 
     @property
-    def probe_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        experts, inputs, outputs = self.kernel_shape
-        return (experts, inputs, 1), (experts, 1, outputs)
+    def kernel_shape(self) -> Shape:
+        return self.experts, *self.expert.kernel_shape
+
+    @property
+    def probe_shapes(self) -> tuple[Shape, Shape]:
+        a, b = self.expert.probe_shapes
+        return (self.experts, *a), (self.experts, *b)
 
 
-def tap_ragged(has_bias: bool, probe: Probe, x: Array, y: Array, group_sizes: Array) -> Array:
+def parse_ragged_dot(
+    equation: str, x_shape: Shape, kernel_shape: Shape, y_shape: Shape, groups: Shape
+) -> RaggedDot | None:
+    """The experts of an equation whose terms begin with rows, experts and rows; None if that does not fit."""
+    terms = split_terms(equation)
+    if terms is None or groups != kernel_shape[:1] or x_shape[:1] != y_shape[:1] or not all(terms):
+        return None
+    (row, *x), (expert, *kernel), (first, *y) = terms
+    if row != first or row in kernel or expert in (*x, *y, "...") or len({row, expert}) < 2:
+        return None
+    of_row = "{},{}->{}".format(*("".join(f"({axis})" for axis in term) for term in (x, kernel, y)))
+    rule = parse_equation(of_row, x_shape[1:], kernel_shape[1:], y_shape[1:]) if "..." not in equation else None
+    return None if rule is None else RaggedDot(groups[0], rule)
+
+
+def tap_ragged(linear_map: RaggedDot, has_bias: bool, probe: Probe, x: Array, y: Array, group_sizes: Array) -> Array:
     """Returns `y`; differentiated, gives `probe` for each expert the mean of its rows and the sum of their cotangents.
 
     Args:
+      linear_map: what the experts do.
       has_bias: whether a bias is added.
       probe: the probe; its counters have one entry for each expert.
-      x: the input, (rows, inputs).
-      y: the output, (rows, outputs).
+      x: the input, (rows, ...).
+      y: the output, (rows, ...).
       group_sizes: the number of rows of each expert, (experts,).
 
     Returns:
@@ -53,12 +76,11 @@ def tap_ragged(has_bias: bool, probe: Probe, x: Array, y: Array, group_sizes: Ar
     # The expert of each row; beyond the last group a number that no expert has.
     expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0]), side="right")
     sums = jax.ops.segment_sum(jax.lax.stop_gradient(x).astype(dtype), expert, experts, indices_are_sorted=True)
-    means = sums / jnp.maximum(group_sizes, 1).astype(dtype)[:, None]
+    means = sums / jnp.maximum(group_sizes, 1).astype(dtype).reshape(-1, *(1,) * (x.ndim - 1))
     # An expert without rows counts as not used. The probe's values do not matter, its cotangent is what is scaled.
     used = group_sizes > 0
     probe = {name: leaf * used.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)) for name, leaf in probe.items()}
     # Zeros added to the rows of each expert: their cotangent is the sum over these rows.
-    added = jnp.zeros((experts, y.shape[1]), accumulator(y.dtype))
-    rule = Contraction((x.shape[1], y.shape[1]), "i", "io", "o", positions="")
-    added = jax.vmap(partial(tap, rule, has_bias))(probe, means, added)
+    added = jnp.zeros((experts, *y.shape[1:]), accumulator(y.dtype))
+    added = jax.vmap(partial(tap, linear_map.expert, has_bias))(probe, means, added)
     return y + jnp.take(added, expert, axis=0, mode="fill", fill_value=0).astype(y.dtype)
