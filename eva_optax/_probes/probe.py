@@ -157,3 +157,16 @@ def _key_name(key: Any) -> str:
 def is_probe(path: Path) -> bool:
     """Whether the leaf at `path` belongs to a probe."""
     return KRONECKER in path
+
+
+def is_probe_leaf(path: Path) -> bool:
+    """Whether `path` has the form of a leaf of a probe; what else stands below their name is somebody else's."""
+    return path[-3:-2] == (KRONECKER,) and (path[-1] in STATISTICS or path[-1] == COUNTER)
+
+
+def name_is_taken(caller: str, path: Path) -> ValueError:
+    """The refusal of a module or a parameter that has the name of probes."""
+    return ValueError(
+        f"eva_optax.{caller}: {'/'.join(path)!r} is no probe, but has {KRONECKER!r} in its path, the name under which "
+        "the probes of a layer stand among its parameters. Give the module or parameter of this name another one."
+    )

@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from eva_optax._curvature.curvature import Damping
-from eva_optax._transforms.coordinates import Whitened, conjugate, in_coordinates
+from eva_optax._transforms.coordinates import Whitened, in_coordinates
 from eva_optax._transforms.muon import scale_by_muon
 from eva_optax._transforms.options import check_decay, check_positive
 
@@ -66,9 +66,11 @@ def eva_adamw(
       >>> grads = jax.grad(lambda p: model.apply({"params": p}, x).mean())(params)
       >>> updates, state = tx.update(grads, state, params)
     """
+    check_positive("eva_adamw", damping=damping)
+    check_decay("eva_adamw", decay)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     return optax.chain(
-        conjugate(adam, damping, relative=relative, decay=decay),
+        in_coordinates("eva_adamw", lambda tree: adam, Whitened(Damping(damping, relative)), decay),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

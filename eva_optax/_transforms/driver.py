@@ -19,7 +19,7 @@ from eva_optax._probes.probe import is_probe
 from eva_optax._probes.stacking import stack, unstack
 from eva_optax._transforms.averages import Vectors, keep_finite, update_moving_average
 from eva_optax._transforms.buckets import Bucket, fill_buckets
-from eva_optax._transforms.options import check_decay, check_positive, check_probes, check_updates
+from eva_optax._transforms.options import check_decay, check_names, check_positive, check_probes, check_updates
 from eva_optax._transforms.state import End, Kept, Scalars, ScaleByEvaState, check_state, start_state
 from eva_optax._transforms.step_size import StepRule, check_step_rule, layer_factor, shared_factor
 
@@ -32,8 +32,8 @@ def precondition(
     damping: Damping,
     decay: ArrayLike,
     step_rule: StepRule,
-    kl_clip: ArrayLike,
-    learning_rate: Rate,
+    kl_clip: ArrayLike = 1e-3,
+    learning_rate: Rate = 1.0,
 ) -> optax.GradientTransformation:
     """The transformation that preconditions each layer with a curvature."""
     check_positive(caller, damping=damping.value, kl_clip=kl_clip)
@@ -67,6 +67,7 @@ def precondition(
 def start(caller: str, curvature: Curvature, params: Any) -> tuple[Any, Array]:
     """Averages and scalars of a curvature before the first step; `params` may hold shapes instead of arrays."""
     tree = take_apart(params)
+    check_names(caller, tree)
     if curvature.statistics:
         check_probes(caller, tree, curvature.statistics)
     return start_state(tree, _layers(curvature, tree), curvature)

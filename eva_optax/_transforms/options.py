@@ -1,22 +1,51 @@
 """Checks of options and trees that all transformations share. Only Python numbers are checked, never tracers."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import jax
+import optax
 from jax.typing import ArrayLike
 
 from eva_optax._probes.layers import Layer, Tree
-from eva_optax._probes.probe import is_probe
+from eva_optax._probes.probe import KRONECKER, is_probe, is_probe_leaf, name_is_taken, path_names
+
+_TOGETHER = (
+    f'A mask must keep or drop a layer as a whole, with all that stands below "{KRONECKER}" in it: decide by the '
+    "layer's path, not by a leaf's name or rank."
+)
+_TAP = (
+    "Tap the model before its parameters are made: model = eva_optax.tap(model), then model.init(key, x). "
+    "For parameters that exist already: params = eva_optax.attach(model, params, x)."
+)
+_TAP_NNX = (
+    "Tap the model before its optimizer is made: model = eva_optax.tap(model), then "
+    "nnx.Optimizer(model, tx, wrt=nnx.Param). Its values stay, and those of a checkpoint may come before or after."
+)
 
 
 def check_positive(caller: str, **options: ArrayLike) -> None:
-    """Raises ValueError for an option that is not greater than 0."""
+    """Raises ValueError for an option that is no number, or not finite and greater than 0."""
     for name, value in options.items():
+        _check_number(caller, name, value)
         if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"eva_optax.{caller}: {name} must be greater than 0, got {value}.")
+        if isinstance(value, int | float) and value == math.inf:
+            raise ValueError(f"eva_optax.{caller}: {name} must be finite, got {value}.")
+
+
+def _check_number(caller: str, name: str, value: Any) -> None:
+    if not isinstance(value, int | float) and not hasattr(value, "dtype"):
+        raise ValueError(
+            f"eva_optax.{caller}: {name} must be a number or a scalar array, got {value!r}. "
+            f"A schedule is passed by optax.inject_hyperparams(eva_optax.{caller})({name}=schedule)."
+        )
 
 
 def check_decay(caller: str, decay: ArrayLike) -> None:
-    """Raises ValueError for a decay outside of [0, 1)."""
+    """Raises ValueError for a decay that is no number, or outside of [0, 1)."""
+    _check_number(caller, "decay", decay)
     if isinstance(decay, int | float) and not 0 <= decay < 1:
         raise ValueError(
             f"eva_optax.{caller}: decay must lie in [0, 1), got {decay}. It is the weight of the old average; the "
@@ -32,12 +61,43 @@ def check_probes(caller: str, params: Tree, statistics: Sequence[str]) -> None:
             f"Flatten only what comes after it: optax.chain(eva_optax.{caller}(...), optax.flatten(...))."
         )
     if params.leaves and not any(map(is_probe, params.paths)):
-        raise ValueError(
-            f"eva_optax.{caller}: the parameters hold no probes, so that no Kronecker vectors can be collected. "
-            "Tap the model before its parameters are made: model = eva_optax.tap(model), then model.init(key, x). "
-            "For parameters that exist already: params = eva_optax.attach(model, params, x)."
-        )
+        raise ValueError(f"eva_optax.{caller}: {_why_no_probes(params)}")
     _check_statistics(caller, params.layers, statistics)
+
+
+def _why_no_probes(params: Tree) -> str:
+    whole = params.rebuild(params.leaves)
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    nodes, _ = jax.tree_util.tree_flatten_with_path(whole, is_leaf=is_masked)
+    masked = [path_names(path) for path, node in nodes if is_masked(node)]
+    if any(map(is_probe, masked)):
+        return (
+            "the probes are masked out, so that no Kronecker vectors can be collected: by optax.masked or "
+            f"optax.partition, or by eva_optax.conjugate or center, whose inner transformation sees none. {_TOGETHER}"
+        )
+    tap = _TAP_NNX if _is_nnx(whole) else _TAP
+    if masked:
+        return f"the parameters that the mask leaves hold no probes. {_TOGETHER} If the model is not tapped yet: {tap}"
+    return f"the parameters hold no probes, so that no Kronecker vectors can be collected. {tap}"
+
+
+def _is_nnx(tree: Any) -> bool:
+    """Whether there is a state, a variable or a module of NNX in a tree; imports nothing."""
+
+    def of_nnx(node: Any) -> bool:
+        return any(cls.__module__.startswith("flax.nnx") for cls in type(node).__mro__)
+
+    return any(map(of_nnx, jax.tree.leaves(tree, is_leaf=of_nnx)))
+
+
+def check_names(caller: str, params: Tree) -> None:
+    """Raises ValueError if something else than probes stands where probes do."""
+    for path in params.paths:
+        if is_probe(path) and not is_probe_leaf(path):
+            raise name_is_taken(caller, path)
 
 
 def check_updates(caller: str, updates: Tree, statistics: Sequence[str]) -> None:

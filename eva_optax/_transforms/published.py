@@ -3,9 +3,11 @@
 import optax
 from jax.typing import ArrayLike
 
-from eva_optax._transforms.eva import scale_by_eva
-from eva_optax._transforms.eva_f import scale_by_eva_f
-from eva_optax._transforms.eva_s import scale_by_eva_s
+from eva_optax._curvature.curvature import Damping
+from eva_optax._curvature.gradient_means import GradientMeans
+from eva_optax._curvature.one_sided import OneSided
+from eva_optax._curvature.rank_one import RankOne
+from eva_optax._transforms.driver import precondition
 
 
 def eva(
@@ -53,9 +55,8 @@ def eva(
       >>> grads = jax.grad(lambda p: model.apply({"params": p}, x).mean())(params)
       >>> updates, state = tx.update(grads, state, params)
     """
-    preconditioner = scale_by_eva(
-        damping, relative=False, decay=decay, step_rule="kl_clip", kl_clip=kl_clip, learning_rate=learning_rate
-    )
+    kept = Damping(damping, relative=False, keep_scale=False)
+    preconditioner = precondition("eva", RankOne(), kept, decay, "kl_clip", kl_clip, learning_rate)
     return _with_momentum(preconditioner, learning_rate, optax.trace(momentum), weight_decay, decoupled)
 
 
@@ -101,7 +102,8 @@ def eva_f(
       >>> grads = jax.grad(lambda p: model.apply({"params": p}, x).mean())(params)
       >>> updates, state = tx.update(grads, state, params)
     """
-    preconditioner = scale_by_eva_f(damping, relative=False, decay=decay, step_rule="kl_norm")
+    kept = Damping(damping, relative=False, keep_scale=True)
+    preconditioner = precondition("eva_f", OneSided(), kept, decay, "kl_norm")
     return _with_momentum(preconditioner, learning_rate, optax.trace(momentum), weight_decay, decoupled)
 
 
@@ -147,7 +149,8 @@ def eva_s(
       >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
     """
-    preconditioner = scale_by_eva_s(damping, relative=relative, decay=decay)
+    kept = Damping(damping, relative, keep_scale=True)
+    preconditioner = precondition("eva_s", GradientMeans(), kept, decay, "layer_grad_norm")
     trace = optax.trace(momentum, nesterov=True)
     return _with_momentum(preconditioner, learning_rate, trace, weight_decay, decoupled)
 
