@@ -1,4 +1,4 @@
-"""Every code block of the README and every example in a docstring runs."""
+"""Every code block of the README and of the page on reliability, and every example in a docstring, runs."""
 
 import doctest
 import importlib
@@ -11,8 +11,9 @@ import pytest
 
 import eva_optax
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PAGES = "".join((ROOT / name).read_text() for name in ("README.md", "docs/reliability.md"))
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGES, re.DOTALL)
 pytestmark = pytest.mark.usefixtures("as_a_user")
 
 
@@ -22,7 +23,7 @@ def side_of_diff(block: str, added: bool) -> str:
 
 
 @pytest.mark.parametrize(("language", "block"), BLOCKS, ids=[f"{i}-{block[0]}" for i, block in enumerate(BLOCKS)])
-def test_readme_blocks_run(language: str, block: str):
+def test_code_blocks_run(language: str, block: str):
     if language == "diff":
         values = []
         for added in (False, True):

@@ -1,7 +1,7 @@
 """`attach` and `strip`: probes beside parameters that exist already, and parameters without probes."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from eva_optax._flax.functions import is_nnx_module, tap
 from eva_optax._probes.layers import has_probes, take_apart
-from eva_optax._probes.probe import KRONECKER
+from eva_optax._probes.probe import KRONECKER, VECTORS, check_statistics
 
 
 def attach(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -27,7 +27,7 @@ def attach(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
       `params` with a probe beside every kernel that can be tapped; probes that exist are made anew.
 
     Raises:
-      TypeError: if `model` is no Flax module.
+      TypeError: if `model` is no Flax module, or a Linen model is given no example of its input.
       ValueError: if `params` are not the parameters of `model`, or no layer can be tapped.
 
     Source: as `tap`.
@@ -45,7 +45,7 @@ def attach(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     from eva_optax._flax.tapped_module import TappedModule
 
     tapped = model if isinstance(model, TappedModule) else tap(model)
-    variables = tapped.checked(tapped.init_shapes(*args, **kwargs)[0])
+    variables = tapped.checked(*tapped.init_shapes("attach", *args, **kwargs))
     wanted, given = variables["params"], strip(params)
     if not _boxes(given):  # saved without partition names
         wanted = _unboxed(wanted)
@@ -104,13 +104,22 @@ def strip(tree: Any) -> Any:
     return tree
 
 
-def _attach_nnx(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+def _attach_nnx(
+    model: Any,
+    params: Any,
+    *args: Any,
+    embeddings: bool = False,
+    statistics: Sequence[str] = VECTORS,
+    **kwargs: Any,
+) -> Any:
     """`attach` for the state of an NNX model."""
     from flax import nnx
 
+    from eva_optax._flax.nnx import tap_module
+
     tapped = nnx.clone(model)
-    if args or kwargs or not has_probes(nnx.state(model)):
-        tap(tapped, *args, **kwargs)
+    if args or kwargs or embeddings or not has_probes(nnx.state(model)):
+        tap_module("attach", tapped, embeddings, check_statistics("attach", statistics), args, kwargs)
     state: Any = nnx.state(tapped)
     if isinstance(params, nnx.State):
         probes = {path: leaf for path, leaf in nnx.to_flat_state(state) if KRONECKER in path}

@@ -1,11 +1,14 @@
 """Which parameters of a model are tapped, which are not, and why."""
 
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
 
+from eva_optax._flax.linen import Interceptor
 from eva_optax._flax.tapped_module import TappedModule
 from eva_optax._flax.verify import Errors, collect, perturbed, random_key, verifying
 from eva_optax._probes.layers import take_apart
@@ -107,7 +110,7 @@ Coverage.__module__ = CoverageRow.__module__ = "eva_optax"
 
 def linen_coverage(model: TappedModule, verify: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coverage:
     """`coverage` of a Linen module, from the shapes of its variables and what was noted of its layers."""
-    variables, interceptor = model.init_shapes(*args, **kwargs)
+    variables, interceptor = model.init_shapes("coverage", *args, **kwargs)
 
     def run(errors: Errors, key: Any, *args: Any, **kwargs: Any) -> None:
         variables = model.init(key, *args, **kwargs)
@@ -115,8 +118,13 @@ def linen_coverage(model: TappedModule, verify: bool, args: tuple[Any, ...], kwa
         with verifying(errors):
             model.apply(variables, *args, **{"rngs": {"params": key}, "mutable": True} | kwargs)
 
-    errors = collect(run, random_key(0), args, kwargs) if verify else {}
-    return report(variables.get("params", {}), interceptor.reasons, interceptor.classes, _ELEMENTWISE, errors)
+    return linen_report(variables, interceptor, collect(run, random_key(0), args, kwargs) if verify else {})
+
+
+def linen_report(variables: Any, interceptor: Interceptor, errors: Errors) -> Coverage:
+    """The report on a Linen module from what was noted of it."""
+    found, params = interceptor.findings, variables.get("params", {})
+    return report(params, interceptor.reasons, found.classes, _ELEMENTWISE, errors, found.ranks)
 
 
 def report(
@@ -125,15 +133,17 @@ def report(
     classes: dict[Path, type],
     elementwise: tuple[type, ...],
     errors: Errors,
+    ranks: dict[Path, int],
 ) -> Coverage:
     """The report on a tree of parameters with probes.
 
     Args:
       params: the tree; only shapes are looked at.
       reasons: why a parameter is not tapped, as far as known, by path.
-      classes: the classes of the modules, by path.
+      classes: the classes of the modules, by path, and of the owner of a parameter by its path where it is another.
       elementwise: classes of modules that hold no matrices.
       errors: how far outputs are from their rules', as far as compared, by the path of the kernel.
+      ranks: the rank of a parameter without stacked axes, by path, where it is known.
     """
     tree = take_apart(params)
     layers = {
@@ -142,7 +152,10 @@ def report(
 
     def row(path: Path, leaf: Any) -> CoverageRow:
         shape, layer = tuple(leaf.shape), layers.get(path)
-        reason = "" if layer else _reason(path, shape, reasons, classes, elementwise)
+        reason = "" if layer else reasons.get(path)
+        if reason is None:
+            owner = classes.get(path, classes.get(path[:-1]))
+            reason = _reason(owner, ranks.get(path, len(shape)), elementwise)
         centered = layer is not None and layer.bias is not None
         error = errors.get(path) if layer else None
         return CoverageRow("/".join(path), shape, layer is not None, reason, centered, error)
@@ -151,22 +164,35 @@ def report(
     return Coverage(tuple(row(path, leaf) for path, leaf in pairs if not is_probe(path)))
 
 
-def _reason(
-    path: Path,
-    shape: tuple[int, ...],
-    reasons: dict[Path, str],
-    classes: dict[Path, type],
-    elementwise: tuple[type, ...],
-) -> str:
-    if path in reasons:
-        return reasons[path]
-    module = classes.get(path[:-1])
-    kernel = next((reason for known, reason in reasons.items() if known[:-1] == path[:-1]), None)
-    if kernel is not None:
-        return f"beside an untapped kernel ({kernel})"
-    if module is not None and issubclass(module, elementwise):
-        return f"{module.__name__}: scales or shifts element by element"
-    if len(shape) < 2:
+def _reason(owner: type | None, rank: int, elementwise: tuple[type, ...]) -> str:
+    """Why a parameter is not tapped of which nothing is known but the class of its module."""
+    if owner is not None and issubclass(owner, elementwise):
+        return f"{owner.__name__}: scales or shifts element by element"
+    if rank < 2:
         return "a vector, not a matrix"
-    owner = "its module" if module is None else module.__name__
-    return f"{owner} has no rule: its parameter is used directly"
+    if owner is not None and owner.__module__.startswith("flax."):
+        return f"its parameter is used otherwise than by a call of {owner.__name__}"
+    name = "its module" if owner is None else _full_name(owner)
+    return f"{name} has no rule: its parameter is used directly (eva_optax.register)"
+
+
+def _full_name(cls: type) -> str:
+    """The name of a class; with its module's where Flax has a class of this name too."""
+    flax = (sys.modules.get(name) for name in ("flax.linen", "flax.nnx"))
+    theirs = not cls.__module__.startswith("flax.") and any(hasattr(module, cls.__name__) for module in flax)
+    return f"{cls.__module__}.{cls.__name__}" if theirs else cls.__name__
+
+
+def largest_untapped(coverage: Coverage, classes: dict[Path, type]) -> str:
+    """The two classes whose modules hold most of what is not tapped, with its size and the reason."""
+    sizes: Counter[type] = Counter()
+    reasons: dict[type, str] = {}
+    for row in sorted(coverage.rows, key=lambda row: -row.size):
+        path = tuple(row.path.split("/"))
+        owner = classes.get(path, classes.get(path[:-1]))
+        if not row.tapped and owner is not None:
+            sizes[owner] += row.size
+            reasons.setdefault(owner, row.reason)
+    return "; ".join(
+        f"{_full_name(owner)} ({size:,} entries: {reasons[owner]})" for owner, size in sizes.most_common(2)
+    )

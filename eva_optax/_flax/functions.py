@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from eva_optax._flax.coverage import Coverage
 
 
-def tap(model: Any, *args: Any, embeddings: bool = False, statistics: Sequence[str] = VECTORS, **kwargs: Any) -> Any:
+def tap(
+    model: Any,
+    *args: Any,
+    embeddings: bool = False,
+    statistics: Sequence[str] = VECTORS,
+    partial: bool = False,
+    **kwargs: Any,
+) -> Any:
     """Returns an object to use in the place of `model`, whose gradients carry the Kronecker vectors.
 
     Beside each kernel that it taps stands a small probe of zeros, a part of the parameters. The gradient of a probe is
@@ -29,6 +36,8 @@ def tap(model: Any, *args: Any, embeddings: bool = False, statistics: Sequence[s
       statistics: what the probes collect: ("a", "b"), or ("a",) for optimizers that need the mean input alone
         (`scale_by_eva_f`, `conjugate`, `center`, `eva_adamw`, `eva_muon`), which saves the sum of the cotangents.
         Layers with batch axes of their own collect both.
+      partial: for a Linen model: whether some of its layers may stay without a probe while others have one, as those of
+        a frozen part whose parameters were loaded. In NNX tap the parts that are to be tapped.
       **kwargs: likewise.
 
     Returns:
@@ -38,7 +47,9 @@ def tap(model: Any, *args: Any, embeddings: bool = False, statistics: Sequence[s
 
     Raises:
       TypeError: if `model` is no Flax module, or a Linen module is given a call's arguments.
-      ValueError: for unknown statistics; if the model has no layer that can be tapped, for a Linen model from `init`.
+      ValueError: for unknown statistics; if the model has no layer that can be tapped, for a Linen model from `init`;
+        if something in it is called "kronecker"; if an NNX model lacks the example input. From `apply`, also under
+        `jit`, if some layers have no probe while others have one, unless `partial`.
 
     Every derivative of a tapped model is that of `model`: forward and reverse mode, of any order, inside the loss too.
 
@@ -59,7 +70,11 @@ def tap(model: Any, *args: Any, embeddings: bool = False, statistics: Sequence[s
     if is_nnx_module(model):
         from eva_optax._flax.nnx import tap_module
 
-        return tap_module(model, embeddings, collected, *args, **kwargs)
+        if partial:
+            raise TypeError(
+                "eva_optax.tap: partial is for Linen models. Tap the parts of an NNX model: tap(model.head)."
+            )
+        return tap_module("tap", model, embeddings, collected, args, kwargs)
     import flax.linen as nn
 
     from eva_optax._flax.tapped_module import TappedModule
@@ -70,13 +85,13 @@ def tap(model: Any, *args: Any, embeddings: bool = False, statistics: Sequence[s
             "Its probes are made by model.init, or by eva_optax.attach(model, params, x)."
         )
     if isinstance(model, TappedModule):
-        return TappedModule(model.module, embeddings or model.embeddings, collected)
+        return TappedModule(model.module, embeddings or model.embeddings, collected, partial or model.partial)
     if not isinstance(model, nn.Module):
         raise TypeError(
             "eva_optax.tap: model must be an instance of flax.linen.Module or flax.nnx.Module, "
             f"got {model!r} of {type(model)}."
         )
-    return TappedModule(model, embeddings, collected)
+    return TappedModule(model, embeddings, collected, partial)
 
 
 def is_nnx_module(value: Any) -> bool:
@@ -85,7 +100,9 @@ def is_nnx_module(value: Any) -> bool:
     return nnx is not None and isinstance(value, nnx.Module)
 
 
-def tapping(*, embeddings: bool = False, statistics: Sequence[str] = VECTORS) -> AbstractContextManager[Any]:
+def tapping(
+    *, embeddings: bool = False, statistics: Sequence[str] = VECTORS, partial: bool = False
+) -> AbstractContextManager[Any]:
     """A context manager in which every Linen `init` and `apply` is tapped, for code that calls them itself.
 
     The context is no part of the cache key of `jax.jit`: enter it inside the function that is jitted, as the example
@@ -94,9 +111,10 @@ def tapping(*, embeddings: bool = False, statistics: Sequence[str] = VECTORS) ->
     Args:
       embeddings: as for `tap`.
       statistics: as for `tap`.
+      partial: as for `tap`.
 
     Returns:
-      The context manager.
+      The context manager. ValueError when an `apply` inside ends, as for `tap`.
 
     Source: as `tap`.
 
@@ -114,7 +132,7 @@ def tapping(*, embeddings: bool = False, statistics: Sequence[str] = VECTORS) ->
     """
     from eva_optax._flax.linen import linen_tapping
 
-    return linen_tapping(embeddings, check_statistics("tapping", statistics))
+    return linen_tapping(embeddings, check_statistics("tapping", statistics), partial=partial, caller="tapping")
 
 
 def coverage(model: Any, *args: Any, verify: bool = False, **kwargs: Any) -> "Coverage":
@@ -131,10 +149,11 @@ def coverage(model: Any, *args: Any, verify: bool = False, **kwargs: Any) -> "Co
 
     Returns:
       A `Coverage`: `rows` (path, shape, tapped, reason), `tapped` and `total` (numbers of entries), `share`, `untapped`
-      (reasons by path), `mismatched` (relative errors by path, after `verify`). `print` shows it as a table.
+      (reasons by path), `mismatched` (relative errors by path, after `verify`). `print` shows it as a table. A class
+      that has no rule is tapped once `register` makes it known, or, where one can edit it, by `tap_einsum` inside.
 
     Raises:
-      TypeError: if `model` is no Flax module.
+      TypeError: if `model` is no Flax module, or a Linen model is given no example of its input.
       ValueError: if the equation of a registered layer does not fit its call, or an NNX model is to be verified without
         the arguments of a call.
 

@@ -1,11 +1,11 @@
 """Tapping Flax Linen modules: which layers have a rule, and the interceptor that taps their calls."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from flax.linen.recurrent import DenseParams
 from jax import Array
 
 from eva_optax._flax.call_arguments import split_input
+from eva_optax._flax.findings import Findings
 from eva_optax._flax.mapped_variables import params_are_mapped
 from eva_optax._flax.plans import (
     COMPLEX,
@@ -23,6 +24,7 @@ from eva_optax._flax.plans import (
     Plan,
     Shape,
     Skip,
+    beside,
     convolution_plan,
     dense_plan,
     embedding_plan,
@@ -34,7 +36,6 @@ from eva_optax._flax.registry import registered_call
 from eva_optax._flax.verify import compare, is_verifying
 from eva_optax._probes.probe import (
     KRONECKER,
-    VECTORS,
     KernelShapes,
     LinearMap,
     Path,
@@ -74,15 +75,18 @@ _ACTIVE: ContextVar["Interceptor | None"] = ContextVar("active", default=None)
 
 
 @contextmanager
-def linen_tapping(embeddings: bool, statistics: tuple[str, ...]) -> Iterator["Interceptor"]:
+def linen_tapping(
+    embeddings: bool, statistics: tuple[str, ...], *, partial: bool = False, caller: str = "tap"
+) -> Iterator["Interceptor"]:
     """Taps every Linen call inside."""
-    interceptor = Interceptor(embeddings, statistics, is_verifying())
+    interceptor = Interceptor(embeddings, statistics, is_verifying(), Findings(caller, partial))
     token = _ACTIVE.set(interceptor)
     try:
         with nn.intercept_methods(interceptor):
             yield interceptor
     finally:
         _ACTIVE.reset(token)
+    interceptor.findings.check_probes()
 
 
 @dataclass(eq=False)
@@ -93,15 +97,16 @@ class Interceptor:
       embeddings: whether lookups in embedding tables are tapped.
       statistics: what new probes collect.
       verifying: whether outputs are compared with those of the rules.
-      classes: the class of every module that ran.
+      findings: what else is noted.
       reasons: why a layer's kernel or bias is not tapped, by the path of the parameter.
     """
 
-    embeddings: bool = False
-    statistics: tuple[str, ...] = VECTORS
-    verifying: bool = False
-    classes: dict[Path, type] = field(default_factory=dict)
+    embeddings: bool
+    statistics: tuple[str, ...]
+    verifying: bool
+    findings: Findings
     reasons: dict[Path, str] = field(default_factory=dict)
+    _passed_on: dict[Path, bool] = field(default_factory=dict)
     _gates: dict[Path, tuple[LinearMap, Probe, Array]] = field(default_factory=dict)
 
     def __call__(
@@ -110,7 +115,18 @@ class Interceptor:
         module = context.module
         if module.scope is None or _ACTIVE.get() is not self:
             return next_fun(*args, **kwargs)
-        self.classes.setdefault(module.path, type(module))
+        with self.findings.watching(module):
+            return self._run(module, next_fun, args, kwargs, context)
+
+    def _run(
+        self,
+        module: nn.Module,
+        next_fun: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        assert module.scope is not None
         # Part of the key under which `nn.jit` caches a module: its untapped trace must not serve a tapped call.
         if KRONECKER not in module.scope.flags:
             options = (self.embeddings, self.statistics, self.verifying)
@@ -119,11 +135,15 @@ class Interceptor:
         if function is _GATE:
             return self._gate(module, next_fun(*args, **kwargs), *args, **kwargs)
         y = next_fun(*args, **kwargs)
+        if context.method_name == "param":  # of a subclass that overrides it
+            name = args[0] if args else kwargs["name"]
+            self._passed_on[*module.path, name] = y is nn.meta.unbox(module.get_variable("params", name))
+            return y
         registration, build = registered_call(module, function), _PLANS.get(function)
         if registration:
             call = registration.call_of(module, args, kwargs)
             x, kernel, args, kwargs = call.x, call.kernel, (), {}
-            build = partial(registration.plan, call=call, y=y, path="/".join(module.path))
+            build = functools.partial(registration.plan, call=call, y=y, path="/".join(module.path))
         elif build is None:
             return y
         else:
@@ -132,6 +152,9 @@ class Interceptor:
         plan = self._plan(module, kernel, build, x, args, kwargs)
         if isinstance(plan, Skip):
             self.reasons[*module.path, kernel] = plan.reason
+            bias = registration.bias if registration else "bias"
+            if bias and module.has_variable("params", bias):
+                self.reasons[*module.path, bias] = beside(plan)
             return y
         bias = plan.bias if plan.bias and module.has_variable("params", plan.bias) else None
         if plan.bias_reason:
@@ -145,18 +168,18 @@ class Interceptor:
     def _plan(
         self, module: nn.Module, kernel: str, build: Callable[..., Plan], x: Any, args: Any, kwargs: dict[str, Any]
     ) -> Plan:
-        if type(module).param is not nn.Module.param:
+        if type(module).param is not nn.Module.param and not self._passed_on.get((*module.path, kernel)):
             # The layer runs with f(W): the gradient of W is JᵀG and Eva's vector Jᵀ(a⊗b), no product of two vectors.
             # Weight standardisation's J projects a constant out of both, behind a ReLU most of the mean input, so that
             # little is left for Eva to do.
             return Skip(f"computed by {type(module).__name__}.param")
-        if build is embedding_plan and not self.embeddings:
-            return Skip(EMBEDDING_OFF)
         value = nn.meta.unbox(module.get_variable("params", kernel))
         if value is None:
             return Skip(f"{type(module).__name__} has no parameter {kernel!r}")
         if jnp.iscomplexobj(value):
             return Skip(COMPLEX)
+        if build is embedding_plan and not self.embeddings:
+            return Skip(EMBEDDING_OFF)
         return build(module, tuple(value.shape), jnp.shape(x), *args, **kwargs)
 
     def _gate(self, module: nn.Module, params: tuple[Array, Array | None], inputs: Array) -> tuple[Array, Array | None]:
@@ -192,15 +215,19 @@ def layer_probe(
     name = probe_name(kernel, bias)
     probes = module.get_variable("params", KRONECKER, {})
     making = module.is_initializing() and module.is_mutable_collection("params")
-    if making == (name in probes):
+    if making and name in probes:
         return None
+    interceptor = _ACTIVE.get()
     if params_are_mapped():
-        interceptor = _ACTIVE.get()
         if interceptor is not None:
             interceptor.reasons[*module.path, kernel] = REPARAMETRISED
+            if bias is not None:
+                interceptor.reasons[*module.path, bias] = beside(Skip(REPARAMETRISED))
         return None
     if not making:
-        return nn.meta.unbox(dict(probes[name]))
+        if interceptor is not None:
+            interceptor.findings.probed[*module.path, KRONECKER, name] = name in probes
+        return nn.meta.unbox(dict(probes[name])) if name in probes else None
     assert module.scope is not None
     count_rank = nn.meta.unbox(module.get_variable("params", bias or kernel)).ndim
     _, statistics, _ = module.scope.flags[KRONECKER]

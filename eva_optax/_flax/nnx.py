@@ -1,39 +1,49 @@
 """Tapping NNX modules: each layer's class is swapped for a tapped subclass, and probes become its variables."""
 
-import inspect
-import types
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from eva_optax._flax.coverage import largest_untapped
 from eva_optax._flax.nnx_classes import TappedMixin, layer_class, tapped_class
-from eva_optax._flax.nnx_layers import bias_name, new_probe
-from eva_optax._flax.plans import COMPLEX, DEPENDS_ON_CALL, EMBEDDING_OFF, REPARAMETRISED, Plan, Shape, Skip
+from eva_optax._flax.nnx_layers import AnyKind, bias_name, new_probe
+from eva_optax._flax.nnx_reasons import NEEDS_INPUT, raw_tap, skip_reason
+from eva_optax._flax.plans import DEPENDS_ON_CALL, REPARAMETRISED, Plan, Shape, Skip, beside
 from eva_optax._flax.raw_parameters import RECORDER, Recorder
 from eva_optax._flax.tapped_module import TappedModule
 from eva_optax._probes.layers import has_probes
-from eva_optax._probes.probe import KRONECKER, VECTORS, KernelShapes, Path, probe_name
+from eva_optax._probes.probe import KRONECKER, VECTORS, KernelShapes, Path, name_is_taken, probe_name
 
 # The first came with Flax 0.12.1.
 _REPARAMETRISING = tuple(getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name))
 
 
 def tap_module(
-    model: nnx.Module, embeddings: bool, statistics: tuple[str, ...], *args: Any, **kwargs: Any
+    caller: str,
+    model: nnx.Module,
+    embeddings: bool,
+    statistics: tuple[str, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> nnx.Module:
-    """`tap` of an NNX module."""
-    survey = Survey(model, embeddings, args, kwargs, statistics)
+    """`tap` of an NNX module, for the user's call of `caller`."""
+    survey = Survey(caller, model, embeddings, args, kwargs, statistics)
+    if survey.without_input:
+        path, called = next(iter(survey.without_input.items()))
+        raise ValueError(
+            f"eva_optax.{caller}: {survey.classes[path].__name__} at {'/'.join(path)!r} {NEEDS_INPUT.format(called)}."
+        )
     survey.apply()
     if not (survey.bridges or has_probes(nnx.state(model))):
-        reasons = sorted(set(survey.reasons.values()))
+        from eva_optax._flax.nnx_coverage import survey_report
+
+        untapped = largest_untapped(survey_report(model, survey, {}), survey.classes)
         raise ValueError(
-            f"eva_optax.tap: {type(model).__name__} has no layer that can be tapped"
-            + (f" ({'; '.join(reasons)}). " if reasons else ". ")
-            + "eva_optax.coverage(model) lists each parameter with the reason. Modules that call eva_optax.tap_einsum "
-            "need an example input: eva_optax.tap(model, x)."
+            f"eva_optax.{caller}: {type(model).__name__} has no layer that can be tapped. "
+            + (f"Most of its parameters are those of {untapped}. " if untapped else "")
+            + "eva_optax.coverage(model) lists each parameter with the reason."
         )
     return model
 
@@ -87,22 +97,26 @@ class Survey:
     """What can be tapped in a model and what cannot; nothing is changed before `apply`.
 
     Attributes:
+      caller: the function that the user called, for messages.
       swaps: the layers that will be tapped.
       reasons: why a layer's kernel or bias is not tapped, by the path of the parameter.
       classes: the class of every module.
       bridges: the number of tapped Linen modules inside.
+      without_input: the modules that call a tap for raw parameters, and which, where there is no example input.
     """
 
+    caller: str
     model: nnx.Module
     embeddings: bool
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     statistics: tuple[str, ...] = VECTORS
     swaps: list[Swap] = field(default_factory=list)
     reasons: dict[Path, str] = field(default_factory=dict)
     classes: dict[Path, type] = field(default_factory=dict)
     bridges: int = 0
     _by_call: dict[int, type] = field(default_factory=dict)
+    without_input: dict[Path, str] = field(default_factory=dict)
     _shared: dict[tuple[int, int], dict[str, nnx.Variable[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,6 +127,9 @@ class Survey:
         for index, (path, layer) in enumerate(found):
             names = tuple(map(str, path))
             self.classes[names] = getattr(layer, "untapped_class", type(layer))
+            theirs = isinstance(vars(layer).get(KRONECKER), nnx.Variable)
+            if theirs or KRONECKER in names:
+                raise name_is_taken(self.caller, (*names, KRONECKER) if theirs else names)
             if isinstance(layer, nnx.bridge.ToNNX):
                 self._survey_bridge(names, layer)
                 continue
@@ -125,14 +142,15 @@ class Survey:
             reason = REPARAMETRISED if id(layer) in reparametrised else skip
             plans = kind.plans(layer, "/".join(names)) if reason is None else None
             if plans is not None:
-                self._survey_layer(names, layer, kernel or "", plans, tapped_class(type(layer), base, kind))
+                self._survey_layer(names, layer, kind, plans, tapped_class(type(layer), base, kind))
                 continue
-            for name in vars(layer) if kernel is None else (kernel,):
-                self.reasons[*names, name] = reason or DEPENDS_ON_CALL
+            self._skip(names, layer, kind, Skip(reason or DEPENDS_ON_CALL))
             if reason is None and not isinstance(layer, TappedMixin):
                 self._by_call[index] = tapped_class(type(layer), base, kind)
         if self.args or self.kwargs:
             self._survey_calls(found)
+        else:
+            self._find_raw_taps(found)
 
     def apply(self) -> None:
         """Taps what was found."""
@@ -142,20 +160,37 @@ class Survey:
             if probes:
                 setattr(layer, KRONECKER, nnx.data({**vars(layer).get(KRONECKER, {}), **probes}))
 
-    def _survey_layer(self, names: Path, layer: nnx.Module, kernel: str, plans: list[Plan], tapped: type) -> None:
+    def _survey_layer(self, names: Path, layer: nnx.Module, kind: AnyKind, plans: list[Plan], tapped: type) -> None:
         probes = {}
         for plan in plans:
             if isinstance(plan, Skip):
-                self.reasons[*names, kernel] = plan.reason
-                return
-            if jnp.issubdtype(getattr(layer, plan.kernel).dtype, jnp.complexfloating):
-                self.reasons[*names, plan.kernel] = COMPLEX
+                self._skip(names, layer, kind, plan)
                 return
             if plan.bias_reason:
                 self.reasons[*names, "bias"] = plan.bias_reason
             probes |= self._probe(layer, plan.linear_map, plan.kernel, bias_name(layer, plan))
         if not isinstance(layer, TappedMixin):
             self.swaps.append(Swap(layer, tapped, probes))
+
+    def _skip(self, names: Path, layer: nnx.Module, kind: AnyKind, plan: Skip) -> None:
+        """Notes why kernel and bias of a layer are not tapped; where only a call tells which, all its parameters."""
+        kernel = kind.kernel_of(layer)
+        for name in vars(layer) if kernel is None else (kernel,):
+            self.reasons[*names, name] = plan.reason
+        for name in kind.beside:
+            if isinstance(getattr(layer, name, None), nnx.Variable):
+                self.reasons[*names, name] = beside(plan)
+
+    def _find_raw_taps(self, found: list[tuple[tuple[Any, ...], nnx.Module]]) -> None:
+        """Notes the modules that could be tapped with an example input, and are not."""
+        for path, layer in found:
+            names, called = tuple(map(str, path)), raw_tap(layer)
+            if called is None or KRONECKER in vars(layer):
+                continue
+            self.without_input[names] = called
+            for name, value in vars(layer).items():
+                if isinstance(value, nnx.Variable):
+                    self.reasons.setdefault((*names, name), f"its module {NEEDS_INPUT.format(called)}")
 
     def _probe(
         self, layer: nnx.Module, vectors: KernelShapes, kernel: str, bias: str | None, batch: Shape = ()
@@ -175,8 +210,8 @@ class Survey:
             return
         if nnx.state(bridge, nnx.Param):
             raise ValueError(
-                f"eva_optax.tap: the Linen module at {'/'.join(names)!r} has its parameters already. Tap before "
-                "lazy_init: eva_optax.tap(nnx.bridge.ToNNX(module, rngs=rngs)).lazy_init(x)."
+                f"eva_optax.{self.caller}: the Linen module at {'/'.join(names)!r} has its parameters already. Tap "
+                "before lazy_init: eva_optax.tap(nnx.bridge.ToNNX(module, rngs=rngs)).lazy_init(x)."
             )
         self.bridges += 1
         self.swaps.append(
@@ -207,33 +242,3 @@ class Survey:
                 probes |= self._probe(layer, vectors, kernel, bias, batch)
             if probes:
                 self.swaps.append(Swap(layer, self._by_call.get(index), probes))
-
-
-def skip_reason(layer: nnx.Module, base: type, kernel: str | None, embeddings: bool) -> str | None:
-    """Why a layer of a class with a rule is not tapped; None if it is. The kernel is None if only a call tells."""
-    if base is nnx.Embed and not embeddings:
-        return EMBEDDING_OFF
-    if kernel and not isinstance(getattr(layer, kernel, None), nnx.Variable):
-        return f"{base.__name__} has no parameter {kernel!r}"
-    for cls in type(layer).__mro__:
-        if cls is base:
-            return None
-        if kernel in vars(cls):
-            return REPARAMETRISED
-        if "__call__" in vars(cls) and not issubclass(cls, TappedMixin):
-            names = _names(inspect.unwrap(vars(cls)["__call__"]))
-            if kernel in names:
-                return REPARAMETRISED
-            if "super" not in names:
-                return f"{cls.__name__} computes its output in its own way"
-    return None
-
-
-def _names(function: Any) -> set[str]:
-    """The names that occur in a function's code."""
-    codes, names = [getattr(function, "__code__", None)], set()
-    for code in codes:
-        if code is not None:
-            names |= {*code.co_names, *code.co_freevars}
-            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return names

@@ -53,6 +53,11 @@ class Kind:
     own_shape: OwnShape
     kernel: str = "kernel"
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The names of what is not tapped either, where the kernel is not."""
+        return ("bias",)
+
     def kernel_of(self, layer: Any) -> str | None:
         """The name of the layer's kernel, or None if only a call tells."""
         return self.kernel
@@ -79,6 +84,10 @@ class RegisteredKind:
 
     registration: Registration
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        return () if self.registration.bias is None else (self.registration.bias,)
+
     def kernel_of(self, layer: Any) -> str | None:
         return self.registration.kernel_of(layer)
 
@@ -99,6 +108,10 @@ AnyKind = Kind | RegisteredKind
 
 class LoRAKind(Kind):
     """The two small matrices of a LoRA layer, whose intermediate result is hidden in its call."""
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        return ("lora_b",)
 
     def plans(self, layer: Any, path: str = "") -> list[Plan]:
         return [

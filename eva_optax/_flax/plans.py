@@ -2,7 +2,11 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from eva_optax._probes.probe import LinearMap, Shape
 from eva_optax._statistics.convolution import Convolution, LocalConvolution, TransposedConvolution
@@ -14,6 +18,7 @@ MASKED = "masked kernel"
 REPARAMETRISED = "kernel is computed from other parameters"
 DIAGONAL = "einsum equation takes a diagonal"
 BROADCASTS = "einsum broadcasts the kernel or the input"
+DOES_NOT_FIT = "einsum equation {} does not fit an input of shape {} and a kernel of shape {}"
 BIAS_ORDER = "bias axes are ordered unlike the kernel's"
 COMPLEX = "complex kernel"
 DEPENDS_ON_CALL = "what its layer computes depends on the call: tap with an example input, eva_optax.tap(model, x)"
@@ -37,6 +42,11 @@ class Skip:
 
 
 Plan = Tap | Skip
+
+
+def beside(plan: Skip) -> str:
+    """Why the bias of a layer is not tapped whose kernel is not."""
+    return f"beside an untapped kernel ({plan.reason})"
 
 
 def dense_plan(layer: Any, kernel_shape: Shape, x_shape: Shape) -> Plan:
@@ -67,14 +77,23 @@ def equation_plan(
     """The plan of a layer that computes an equation; without the output's shape, as if that fitted."""
     rule = parse_equation(equation, x_shape, kernel_shape, y_shape)
     if rule is None:
-        repeated = any(
-            term.count(letter) > 1 for term in re.split(",|->", equation) for letter in term if letter not in ". ()"
-        )
-        return Skip(DIAGONAL if repeated else BROADCASTS)
+        return Skip(_why_no_contraction(equation, x_shape, kernel_shape))
     # Flax orders the axes of the bias as they come in the output.
     if rule.has_ordered_bias:
         return Tap(rule, kernel, bias)
     return Tap(rule, kernel, bias=None, bias_reason=BIAS_ORDER)
+
+
+def _why_no_contraction(equation: str, x_shape: Shape, kernel_shape: Shape) -> str:
+    terms = re.split(",|->", equation.replace(" ", "").replace("...", "."))
+    if any(term.count(letter) > 1 for term in terms for letter in term if letter not in "()"):
+        return DIAGONAL
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x_shape, kernel_shape))
+    try:
+        jax.eval_shape(partial(jnp.einsum, equation), *arrays)
+    except (TypeError, ValueError):
+        return DOES_NOT_FIT.format(repr(equation), x_shape, kernel_shape)
+    return BROADCASTS
 
 
 def convolution_plan(layer: Any, kernel_shape: Shape, x_shape: Shape) -> Plan:

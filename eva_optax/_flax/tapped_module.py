@@ -21,6 +21,16 @@ class TappedModule:
     module: nn.Module
     embeddings: bool = False
     statistics: tuple[str, ...] = VECTORS
+    partial: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, with advice: a tapped model is the outermost module."""
+        name = type(self.module).__name__
+        raise TypeError(
+            f"eva_optax.tap: a tapped {name} was called. Use its init, apply or bind. Inside of another module put "
+            f"{name} untapped, and tap the outermost module, the one that init and apply are called on: all its layers "
+            "are tapped."
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what copy and pickle look for before `module` exists
@@ -29,24 +39,29 @@ class TappedModule:
 
     def init(self, *args: Any, **kwargs: Any) -> Any:
         """`module.init`, with probes in "params"."""
-        return self.checked(self._run("init", *args, **kwargs))
+        with self.tapping() as interceptor:
+            return self.checked(self.module.init(*args, **kwargs), interceptor)
 
     def init_with_output(self, *args: Any, **kwargs: Any) -> Any:
         """`module.init_with_output`, with probes in "params"."""
-        output, variables = self._run("init_with_output", *args, **kwargs)
-        return output, self.checked(variables)
+        with self.tapping() as interceptor:
+            output, variables = self.module.init_with_output(*args, **kwargs)
+            return output, self.checked(variables, interceptor)
 
     def lazy_init(self, *args: Any, **kwargs: Any) -> Any:
         """`module.lazy_init`, with probes in "params"."""
-        return self.checked(self._run("lazy_init", *args, **kwargs))
+        with self.tapping() as interceptor:
+            return self.checked(self.module.lazy_init(*args, **kwargs), interceptor)
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """`module.apply`, tapped."""
-        return self._run("apply", *args, **kwargs)
+        with self.tapping():
+            return self.module.apply(*args, **kwargs)
 
     def tabulate(self, *args: Any, **kwargs: Any) -> str:
         """`module.tabulate`, probes included."""
-        return self._run("tabulate", *args, **kwargs)
+        with self.tapping():
+            return self.module.tabulate(*args, **kwargs)
 
     def bind(self, *args: Any, **kwargs: Any) -> "BoundModule":
         """`module.bind`; calls of the bound module's methods and submodules are tapped."""
@@ -56,10 +71,13 @@ class TappedModule:
         """`module.clone`, tapped."""
         return replace(self, module=self.module.clone(*args, **kwargs))
 
-    def init_shapes(self, *args: Any, **kwargs: Any) -> tuple[Any, Interceptor]:
+    def init_shapes(self, caller: str, /, *args: Any, **kwargs: Any) -> tuple[Any, Interceptor]:
         """The shapes of what `init` returns for a call with these arguments, and what was found about its layers.
 
         Nothing is computed: arrays, or their `jax.ShapeDtypeStruct`, are traced; everything else is passed as it is.
+
+        Raises:
+          TypeError: if there are no arguments, and the model fails without.
         """
         leaves, structure = jax.tree.flatten((args, kwargs))
         traced = [leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else None for leaf in leaves]
@@ -69,24 +87,33 @@ class TappedModule:
             args, kwargs = jax.tree.unflatten(structure, filled)
             return self.module.init(key, *args, **kwargs)
 
-        with self.tapping() as interceptor:
-            return jax.eval_shape(init, jax.random.key(0), traced), interceptor
+        try:
+            with self.tapping(caller) as interceptor:
+                return jax.eval_shape(init, jax.random.key(0), traced), interceptor
+        except TypeError as error:
+            if args or kwargs:
+                raise
+            raise TypeError(
+                f"eva_optax.{caller}: {type(self.module).__name__} was called with nothing: {error}. Add an example of "
+                "what the model is called with, after the other arguments, as in model.init(key, x): arrays, or "
+                "jax.ShapeDtypeStruct for shapes alone."
+            ) from error
 
-    def tapping(self) -> AbstractContextManager[Interceptor]:
+    def tapping(self, caller: str = "tap") -> AbstractContextManager[Interceptor]:
         """Taps every Linen call inside, with the options of this model."""
-        return linen_tapping(self.embeddings, self.statistics)
+        return linen_tapping(self.embeddings, self.statistics, partial=self.partial, caller=caller)
 
-    def _run(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
-        with self.tapping():
-            return getattr(self.module, method)(*args, **kwargs)
-
-    def checked(self, variables: Any) -> Any:
+    def checked(self, variables: Any, interceptor: Interceptor) -> Any:
         """`variables`, if there are probes among their parameters; ValueError if nothing could be tapped."""
         params = variables.get("params", {})
         if params and not has_probes(params):
+            from eva_optax._flax.coverage import largest_untapped, linen_report
+
+            found = interceptor.findings
+            untapped = largest_untapped(linen_report(variables, interceptor, {}), found.classes)
             raise ValueError(
-                f"eva_optax.tap: {type(self.module).__name__} has parameters, but no layer that can be tapped. "
-                "eva_optax.coverage(model, ...) lists each parameter with the reason."
+                f"eva_optax.{found.caller}: {type(self.module).__name__} has parameters, but no layer that can be "
+                f"tapped. Most of them are those of {untapped}. eva_optax.coverage(model, ...) lists all, with reasons."
             )
         return variables
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import COUNTER, KRONECKER, Path, Shape, accumulator, is_probe, path_names
+from eva_optax._probes.probe import COUNTER, KRONECKER, Path, Shape, accumulator, is_probe, is_probe_leaf, path_names
 from eva_optax._probes.tap import shard_like
 
 
@@ -43,7 +43,24 @@ def take_apart(tree: Any) -> Tree:
 
 def has_probes(tree: Any) -> bool:
     """Whether there are probes in a tree."""
-    return any(map(is_probe, take_apart(tree).paths))
+    return any(map(is_probe_leaf, take_apart(tree).paths))
+
+
+def how_to_tap(tree: Any) -> str:
+    """Advice for whoever has a tree without probes; as NNX users write it where anything of NNX is in the tree."""
+
+    def of_nnx(node: Any) -> bool:
+        return any(cls.__module__.startswith("flax.nnx") for cls in type(node).__mro__)
+
+    if any(map(of_nnx, jax.tree.leaves(tree, is_leaf=of_nnx))):
+        return (
+            "Tap the model before its optimizer is made: model = eva_optax.tap(model), then nnx.Optimizer(model, tx, "
+            "wrt=nnx.Param). Its values stay, and those of a checkpoint may come before or after."
+        )
+    return (
+        "Tap the model before its parameters are made: model = eva_optax.tap(model), then model.init(key, x). "
+        "For parameters that exist already: params = eva_optax.attach(model, params, x)."
+    )
 
 
 class Layer(NamedTuple):

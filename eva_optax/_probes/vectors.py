@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
-from eva_optax._probes.layers import take_apart
+from eva_optax._probes.layers import how_to_tap, take_apart
 from eva_optax._probes.layout import Layout
 from eva_optax._probes.probe import COUNTER, KRONECKER, UNIT, accumulator, unit_is_known
 
@@ -108,8 +108,8 @@ def vectors(grads: Any) -> dict[str, KroneckerVectors]:
     tree = take_apart(grads)
     if not tree.layers:
         raise ValueError(
-            "eva_optax.vectors: no probes in the tree. Give it the gradients of a tapped model's parameters: "
-            "model = eva_optax.tap(model), then model.init or eva_optax.attach."
+            "eva_optax.vectors: no probes in the tree. Give it the gradients of a tapped model's parameters. "
+            + how_to_tap(grads)
         )
     found = {}
     for layer in tree.layers:

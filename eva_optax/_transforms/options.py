@@ -8,20 +8,12 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
-from eva_optax._probes.layers import Layer, Tree
+from eva_optax._probes.layers import Layer, Tree, how_to_tap
 from eva_optax._probes.probe import KRONECKER, is_probe, is_probe_leaf, name_is_taken, path_names
 
 _TOGETHER = (
     f'A mask must keep or drop a layer as a whole, with all that stands below "{KRONECKER}" in it: decide by the '
     "layer's path, not by a leaf's name or rank."
-)
-_TAP = (
-    "Tap the model before its parameters are made: model = eva_optax.tap(model), then model.init(key, x). "
-    "For parameters that exist already: params = eva_optax.attach(model, params, x)."
-)
-_TAP_NNX = (
-    "Tap the model before its optimizer is made: model = eva_optax.tap(model), then "
-    "nnx.Optimizer(model, tx, wrt=nnx.Param). Its values stay, and those of a checkpoint may come before or after."
 )
 
 
@@ -78,19 +70,10 @@ def _why_no_probes(params: Tree) -> str:
             "the probes are masked out, so that no Kronecker vectors can be collected: by optax.masked or "
             f"optax.partition, or by eva_optax.conjugate or center, whose inner transformation sees none. {_TOGETHER}"
         )
-    tap = _TAP_NNX if _is_nnx(whole) else _TAP
+    tap = how_to_tap(whole)
     if masked:
         return f"the parameters that the mask leaves hold no probes. {_TOGETHER} If the model is not tapped yet: {tap}"
     return f"the parameters hold no probes, so that no Kronecker vectors can be collected. {tap}"
-
-
-def _is_nnx(tree: Any) -> bool:
-    """Whether there is a state, a variable or a module of NNX in a tree; imports nothing."""
-
-    def of_nnx(node: Any) -> bool:
-        return any(cls.__module__.startswith("flax.nnx") for cls in type(node).__mro__)
-
-    return any(map(of_nnx, jax.tree.leaves(tree, is_leaf=of_nnx)))
 
 
 def check_names(caller: str, params: Tree) -> None:

@@ -93,7 +93,7 @@ def test_reparametrised_kernels_are_not_tapped(wrapper: type[nn.Module]) -> None
     untapped = eva_optax.coverage(Wrapping(), X).untapped
     assert untapped["inside/kernel"] == "kernel is computed from other parameters"
     assert "kernel is computed" in untapped["inside/bias"]
-    assert untapped["matrix"] == "Wrapping has no rule: its parameter is used directly"
+    assert untapped["matrix"] == "Wrapping has no rule: its parameter is used directly (eva_optax.register)"
     assert "outside/kernel" not in untapped
 
 

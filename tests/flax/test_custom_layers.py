@@ -233,7 +233,7 @@ def general_equation(layer):
 def test_a_registered_linen_class_is_tapped_until_it_is_removed(layer):
     x = draw((5, 3))
     model = eva_optax.tap(nn.Sequential([layer, nn.Dense(2)]))
-    assert eva_optax.coverage(model, x).untapped["layers_0/kernel"].endswith("its parameter is used directly")
+    assert eva_optax.coverage(model, x).untapped["layers_0/kernel"].endswith("is used directly (eva_optax.register)")
     with eva_optax.register(TransposedDense, kernel="kernel", bias="bias", equation="...i,oi->...o"):
         params = model.init(jax.random.key(0), x)["params"]
         assert eva_optax.coverage(model, x).share == 1

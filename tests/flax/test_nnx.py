@@ -503,7 +503,7 @@ class AsProperty(nnx.Linear):
 
 
 SKIPPED = {
-    "standardised": (lambda r: Standardised(2, 3, 3, rngs=r), "computed from other parameters"),
+    "standardised": (lambda r: Standardised(2, 3, 3, rngs=r), "Standardised may change its kernel"),
     "own": (lambda r: Own(2, 3, rngs=r), "Own computes its output in its own way"),
     "property": (lambda r: AsProperty(2, 3, rngs=r), "computed from other parameters"),
     "masked": (lambda r: nnx.Conv(2, 3, 3, mask=jnp.ones((3, 2, 3)), rngs=r), "masked"),

@@ -99,6 +99,8 @@ def test_nnx_users_are_told_what_is_written_in_nnx():
         assert "model = eva_optax.tap(model), then nnx.Optimizer(model, tx, wrt=nnx.Param)" in said
         assert "attach" not in said
         assert "init" not in said
+    assert "eva_optax.tap(model), then nnx.Optimizer" in refusal(eva_optax.vectors, nnx.state(model))
+    assert "attach" in refusal(eva_optax.vectors, UNTAPPED)
     nnx.Optimizer(eva_optax.tap(model), tx, wrt=nnx.Param)  # what it says
 
 

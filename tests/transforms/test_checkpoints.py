@@ -1,7 +1,9 @@
 """TrainState with BatchNorm and dropout, and every way in which Flax users save and restore it."""
 
+import re
 from collections import namedtuple
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -160,6 +162,26 @@ def test_a_checkpoint_written_without_probes_is_attached_to(tmp_path):
     for name, (a, b) in eva_optax.vectors(grads).items():
         assert np.any(a)
         assert_close(averages(state.opt_state, name), {"a": a, "b": b})
+
+
+PAGE = " ".join((Path(__file__).parents[2] / "docs" / "reliability.md").read_text().split())
+
+
+@pytest.mark.parametrize("way", ["Orbax", "from_bytes"])
+def test_a_checkpoint_without_probes_is_restored_without_them_and_attached_to(way, trained, tmp_path):
+    plain, tapped = eva_optax.strip(trained.params), trained.params
+    if way == "Orbax":
+        save(tmp_path / "params", plain)
+        load = partial(restore, tmp_path / "params")
+        said = "User-provided restore item and on-disk value metadata tree structures do not match"
+    else:
+        load = partial(serialization.from_bytes, encoded_bytes=serialization.to_bytes(plain))
+        said = "target dict contains keys {'kronecker'} which are not present in state dict at path"
+    assert said in PAGE
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load(tapped)
+    loaded = load(eva_optax.strip(tapped))
+    assert_identical(eva_optax.attach(MODEL, loaded, batch(0)[0], train=False), tapped)
 
 
 def test_flax_serialization_continues_bit_for_bit(trained, later):
