@@ -10,6 +10,7 @@ from eva_optax._flax.raw_parameters import tap_einsum, tap_ragged_dot
 from eva_optax._flax.registry import Registration, register
 from eva_optax._probes.vectors import KroneckerVectors, vectors
 from eva_optax._transforms.aliases import eva_adamw, eva_muon
+from eva_optax._transforms.check import check
 from eva_optax._transforms.coordinates import center, conjugate
 from eva_optax._transforms.diagnostics import diagnostics, plot_diagnostics
 from eva_optax._transforms.eva import scale_by_eva
@@ -28,6 +29,7 @@ __all__ = [
     "ScaleByEvaState",
     "attach",
     "center",
+    "check",
     "conjugate",
     "coverage",
     "diagnostics",

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from eva_optax._curvature.curvature import Damping, Gradient
 from eva_optax._curvature.one_sided import OneSided
-from eva_optax._curvature.sums import column_products
+from eva_optax._curvature.sums import column_products, stack_biases
 from eva_optax._probes.layout import Layout
 from eva_optax._probes.stacking import unstack
 from eva_optax._transforms.averages import Vectors, keep_finite
@@ -119,15 +119,15 @@ class Whitened(NamedTuple):
     damping: Damping
     state: type[ConjugateState] = ConjugateState
 
-    def forward(self, part: Part, averages: Vectors) -> tuple[list[Gradient], Array, Array]:
-        """R G of each layer, the weights in R, and the cosine of G and the mean input."""
+    def forward(self, part: Part, averages: Vectors) -> tuple[list[Gradient], Array, Array, Array]:
+        """R G of each layer, the weights in R, the cosine of G and the mean input, and ⟨G, G⟩."""
         layout = part.bucket.layout
         sums, along = _WHITENING.read(layout, part.gradients, averages)
         solution = _WHITENING.solve(sums, self.damping)
         # The identity where the product is not finite, so that what broke it passes as it is.
         weight = jnp.where(jnp.isfinite(sums["square"]), solution.weight, 0)
         changed = _WHITENING.write(layout, part.gradients, averages, along, weight)
-        return changed, weight, solution.cosine
+        return changed, weight, solution.cosine, sums["gg"]
 
     def back(self, layout: Layout, updates: list[Gradient], averages: Vectors, weight: Array) -> list[Gradient]:
         """R times each update."""
@@ -140,13 +140,15 @@ class Centred:
 
     state: type[ConjugateState] = CenterState
 
-    def forward(self, part: Part, averages: Vectors) -> tuple[list[Gradient], Array, Array]:
-        """G − μ gᵀ of each layer."""
+    def forward(self, part: Part, averages: Vectors) -> tuple[list[Gradient], Array, Array, Array]:
+        """G − μ gᵀ of each layer, what stands for weights and cosines, and ⟨g, g⟩: only layers with a bias count."""
         changed = [
             Gradient(kernel if bias is None else kernel - mean * bias, bias)
             for (kernel, bias), mean in zip(part.gradients, unstack(averages["a"]), strict=True)
         ]
-        return changed, part.scalars.started, part.scalars.cosine
+        started, biases = part.scalars.started, stack_biases(part.gradients)
+        gg = jnp.zeros_like(started) if biases is None else part.bucket.layout.total(biases * biases)
+        return changed, started, part.scalars.cosine, gg
 
     def back(self, layout: Layout, updates: list[Gradient], averages: Vectors, weight: Array) -> list[Gradient]:
         """Δβ = Δβ' − μᵀΔW."""
@@ -177,8 +179,7 @@ def in_coordinates(
     state_type = coordinates.state
 
     def init(params: Any) -> ConjugateState:
-        skipped = jnp.zeros((), jnp.int32)
-        return state_type(*start(caller, _WHITENING, params), skipped, inner_of(params).init(hide_probes(params)))
+        return state_type(*start(caller, _WHITENING, params), inner_of(params).init(hide_probes(params)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ConjugateState]:
         check_state(caller, state, state_type)
@@ -187,10 +188,10 @@ def in_coordinates(
         for part in step.parts:
             valid = part.used & jnp.isfinite(part.bucket.layout.total(part.new["a"] ** 2))
             averages = keep_finite(valid, part.new, part.old)
-            changed, weight, cosine = coordinates.forward(part, averages)
+            changed, weight, cosine, gg = coordinates.forward(part, averages)
             for layer, gradient in zip(part.bucket.layers, changed, strict=True):
                 layer.place(*gradient, leaves)
-            ends.append(part.settle(averages, valid, part.used & ~valid, cosine))
+            ends.append(part.settle(averages, valid, part.used & ~valid, cosine, gg))
             weights.append(weight)
         inner = optax.with_extra_args_support(inner_of(updates))
         hidden = None if params is None else hide_probes(params)
@@ -202,6 +203,6 @@ def in_coordinates(
             given = coordinates.back(end.bucket.layout, taken, end.averages, weight)
             for layer, gradient in zip(layers, given, strict=True):
                 layer.place(*gradient, leaves)
-        return step.tree.rebuild(leaves), state_type(*step.kept.settle(ends), inner_state)
+        return step.tree.rebuild(leaves), state_type(*step.kept.settle(caller, ends), inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _TITLES = {
     "nu": "step-size factor ν",
     "skipped": "skipped layers, in all",
+    "untapped": "steps without vectors, in all",
     "cosine": "share of the gradient along the direction (cosine)",
     "norm_a": "norm of the mean input ‖a‖",
     "norm_b": "norm of the summed cotangent ‖b‖",
@@ -34,6 +35,7 @@ def diagnostics(state: Any) -> dict[str, Array]:
     ==================  ================================================================================================
     "nu"                the step-size factor ν
     "skipped"           how many times a layer was skipped because its vectors were broken
+    "untapped"          in how many steps tapped layers had gradients and none had vectors; see `check`
     "<layer>/cosine"    :math:`\langle G, V \rangle / (\|G\| \|V\|)`: how much of the gradient lies along the Kronecker
                         direction V = ab (`scale_by_eva`), the mean input (`scale_by_eva_f`, `conjugate`), or the
                         product of its means (`scale_by_eva_s`)
@@ -65,14 +67,9 @@ def diagnostics(state: Any) -> dict[str, Array]:
       >>> grads = jax.grad(lambda p: model.apply({"params": p["head"]}, x).sum())(params)
       >>> updates, state = tx.update(grads, tx.init(params), params)
       >>> {name: round(float(value), 3) for name, value in eva_optax.diagnostics(state).items()}
-      {'nu': 1.0, 'skipped': 0.0, 'head/norm_a': 1.732, 'head/norm_b': 5.657, 'head/cosine': 1.0}
+      {'nu': 1.0, 'skipped': 0.0, 'untapped': 0.0, 'head/norm_a': 1.732, 'head/norm_b': 5.657, 'head/cosine': 1.0}
     """
-    states = list(_find(state))
-    if not states:
-        raise ValueError(
-            "eva_optax.diagnostics: there is no ScaleByEvaState or ConjugateState in the state of type "
-            f"{type(state).__name__}. Give it the state of an optimizer that has a transformation of eva_optax in it."
-        )
+    states = find_states("diagnostics", state)
     if len(states) == 1:
         return dict(_report(states[0]))
     return {f"{index}/{name}": value for index, part in enumerate(states) for name, value in _report(part)}
@@ -129,8 +126,22 @@ def plot_diagnostics(history: Sequence[Mapping[str, ArrayLike]], steps: Sequence
     return figure
 
 
+def find_states(caller: str, tree: Any) -> list[ScaleByEvaState | ConjugateState]:
+    """The states of this library in `tree`, also inside one another, in their order.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    found = list(_find(tree))
+    if not found:
+        raise ValueError(
+            f"eva_optax.{caller}: there is no ScaleByEvaState or ConjugateState in the state of type "
+            f"{type(tree).__name__}. Give it the state of an optimizer that has a transformation of eva_optax in it."
+        )
+    return found
+
+
 def _find(tree: Any) -> Iterator[ScaleByEvaState | ConjugateState]:
-    """The states of this library in `tree`, also inside one another, in their order."""
 
     def ours(node: Any) -> bool:
         return isinstance(node, ScaleByEvaState | ConjugateState)
@@ -146,6 +157,7 @@ def _report(state: ScaleByEvaState | ConjugateState) -> Iterator[tuple[str, Arra
     if isinstance(state, ScaleByEvaState):
         yield "nu", state.nu
     yield "skipped", state.skipped
+    yield "untapped", state.untapped
     tree = take_apart(state.vectors)
     layers: dict[Path, dict[str, Array]] = {}
     for path, leaf in zip(tree.paths, tree.leaves, strict=True):

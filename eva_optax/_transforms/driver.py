@@ -41,9 +41,8 @@ def precondition(
     check_step_rule(caller, step_rule)
 
     def init(params: Any) -> ScaleByEvaState:
-        vectors, scalars = start(caller, curvature, params)
-        zero = jnp.zeros((), jnp.int32)
-        return ScaleByEvaState(zero, vectors, scalars, jnp.zeros_like(zero), jnp.ones((), scalars.dtype))
+        kept = start(caller, curvature, params)
+        return ScaleByEvaState(jnp.zeros((), jnp.int32), *kept, jnp.ones((), kept[1].dtype))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByEvaState]:
         del params
@@ -57,15 +56,15 @@ def precondition(
         leaves = [jnp.zeros_like(leaf) if is_probe(path) else leaf for path, leaf in step.tree.items()]
         for read in reads:
             _write(curvature, read, step_rule, nu, leaves)
-        kept = step.kept.settle([read.end for read in reads])
+        kept = step.kept.settle(caller, [read.end for read in reads])
         count = jnp.asarray(optax.safe_increment(state.count))
         return step.tree.rebuild(leaves), ScaleByEvaState(count, *kept, nu)
 
     return optax.GradientTransformation(init, update)
 
 
-def start(caller: str, curvature: Curvature, params: Any) -> tuple[Any, Array]:
-    """Averages and scalars of a curvature before the first step; `params` may hold shapes instead of arrays."""
+def start(caller: str, curvature: Curvature, params: Any) -> tuple[Any, Array, Array, Array]:
+    """`start_state` of a curvature, for its layers; `params` may hold shapes instead of arrays."""
     tree = take_apart(params)
     check_names(caller, tree)
     if curvature.statistics:
@@ -103,10 +102,11 @@ class Part(NamedTuple):
     used: Array
     scalars: Scalars
 
-    def settle(self, averages: Vectors, valid: Array, skipped: Array, cosine: Array) -> End:
-        """Ends the step, once it is known what is valid and what was skipped."""
+    def settle(self, averages: Vectors, valid: Array, skipped: Array, cosine: Array, gg: Array) -> End:
+        """Ends the step, once it is known what is valid and what was skipped; `gg` is 0 without a gradient."""
         started = jnp.where(valid, 1, self.scalars.started).astype(cosine.dtype)
-        return End(self.bucket, averages, Scalars(started, jnp.where(valid, cosine, self.scalars.cosine)), skipped)
+        scalars = Scalars(started, jnp.where(valid, cosine, self.scalars.cosine))
+        return End(self.bucket, averages, scalars, skipped, self.used, ~self.used & (gg != 0))
 
 
 class Step(NamedTuple):
@@ -168,7 +168,7 @@ def _read(curvature: Curvature, damping: Damping, part: Part) -> _Read:
     skipped = part.used & ~valid
     if curvature.statistics:  # else they are the gradient's own
         skipped = skipped & finite
-    end = part.settle(averages, valid, skipped, solution.cosine)
+    end = part.settle(averages, valid, skipped, solution.cosine, solution.gg)
     return _Read(part, solution, beside, valid, end)
 
 

@@ -19,6 +19,7 @@ from eva_optax._probes.probe import COUNTER, Path, Shape, accumulator
 from eva_optax._probes.stacking import stack, unstack
 from eva_optax._transforms.averages import Vectors
 from eva_optax._transforms.buckets import Bucket
+from eva_optax._transforms.untapped import is_untapped
 
 
 class ScaleByEvaState(NamedTuple):
@@ -32,6 +33,7 @@ class ScaleByEvaState(NamedTuple):
       scalars: for each other layer whether it has an average, then for each its last cosine; see `diagnostics`.
       skipped: how many times a layer was skipped because its vectors or their squares were not finite, or no longer
         those that its tap gave, int32 scalar.
+      untapped: how many steps had gradients of tapped layers and no vectors of any, int32 scalar; see `check`.
       nu: the last step-size factor ν, float scalar.
     """
 
@@ -39,6 +41,7 @@ class ScaleByEvaState(NamedTuple):
     vectors: Any
     scalars: Array
     skipped: Array
+    untapped: Array
     nu: Array
 
 
@@ -49,12 +52,14 @@ class ConjugateState(NamedTuple):
       vectors: the running mean inputs `a`, as in `ScaleByEvaState`.
       scalars: as in `ScaleByEvaState`.
       skipped: how many times a layer's mean input was not finite, int32 scalar.
+      untapped: as in `ScaleByEvaState`.
       inner: the state of the inner transformation, of the tree without probes, in the new coordinates.
     """
 
     vectors: Any
     scalars: Array
     skipped: Array
+    untapped: Array
     inner: Any
 
 
@@ -79,16 +84,27 @@ class Scalars(NamedTuple):
 
 
 class End(NamedTuple):
-    """What the step of a bucket's layers ends with: averages, scalars, and which of the layers were skipped."""
+    """What the step of a bucket's layers ends with.
+
+    Attributes:
+      bucket: the layers.
+      averages: after the step.
+      scalars: after the step.
+      skipped: which of them were used, but skipped.
+      used: which of them were used.
+      unseen: which of them were not, though they have a gradient.
+    """
 
     bucket: Bucket
     averages: Vectors
     scalars: Scalars
     skipped: Array
+    used: Array
+    unseen: Array
 
 
-def start_state(tree: Tree, layers: Sequence[Layer], curvature: Curvature) -> tuple[Any, Array]:
-    """Averages and scalars before the first step."""
+def start_state(tree: Tree, layers: Sequence[Layer], curvature: Curvature) -> tuple[Any, Array, Array, Array]:
+    """Averages, scalars, and the numbers of skipped layers and untapped steps, before the first step."""
     leaves: list[Any] = [optax.MaskedNode() for _ in tree.leaves]
     dtype = jnp.result_type(jnp.float32)
     for layer in layers:
@@ -108,7 +124,7 @@ def start_state(tree: Tree, layers: Sequence[Layer], curvature: Curvature) -> tu
         else:
             leaves[layer.kernel] = tuple(map(zeros, shapes.values()))
     plain = sum(layer.layout.is_plain for layer in layers)
-    return tree.rebuild(leaves), jnp.zeros(2 * plain, dtype)
+    return tree.rebuild(leaves), jnp.zeros(2 * plain, dtype), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
 
 
 class Kept(NamedTuple):
@@ -121,6 +137,7 @@ class Kept(NamedTuple):
       plain: the place of each plain layer among all plain layers, by layer.
       scalars: the array of scalars.
       skipped: the number of skipped layers.
+      untapped: the number of untapped steps.
     """
 
     leaves: list[Array]
@@ -129,6 +146,7 @@ class Kept(NamedTuple):
     plain: dict[int, int]
     scalars: Array
     skipped: Array
+    untapped: Array
 
     @classmethod
     def read(cls, caller: str, state: Any, tree: Tree, layers: Sequence[Layer], curvature: Curvature) -> Self:
@@ -157,7 +175,7 @@ class Kept(NamedTuple):
             )
         places = {key: place for place, (*_, key) in enumerate(wanted)}
         numbered = {index: number for number, index in enumerate(plain)}
-        return cls(held.leaves, held.structure, places, numbered, state.scalars, state.skipped)
+        return cls(held.leaves, held.structure, places, numbered, state.scalars, state.skipped, state.untapped)
 
     def of(self, bucket: Bucket) -> tuple[Vectors, Scalars]:
         """Averages and scalars of a bucket's layers, stacked, groups split."""
@@ -181,13 +199,13 @@ class Kept(NamedTuple):
         dtype = next(iter(averages.values())).dtype
         return averages, Scalars(*(part.reshape(shape).astype(dtype) for part in parts))
 
-    def settle(self, ends: Sequence[End]) -> tuple[Any, Array, Array]:
-        """Averages, scalars and the number of skipped layers after a step, from the ends of its buckets."""
+    def settle(self, caller: str, ends: Sequence[End]) -> tuple[Any, Array, Array, Array]:
+        """What `start_state` returns, after a step, from the ends of its buckets."""
         leaves, dtype = list(self.leaves), self.scalars.dtype
         order: list[int] = []
         numbers: list[tuple[Array, Array]] = []
         skipped = self.skipped
-        for bucket, averages, scalars, skips in ends:
+        for bucket, averages, scalars, skips, _, _ in ends:
             layout = bucket.layout
             shapes = {"a": layout.a, "b": layout.b}
             for name, average in averages.items():
@@ -208,7 +226,8 @@ class Kept(NamedTuple):
         if order != sorted(order):
             halves = [half[np.argsort(order)] for half in halves]
         scalars = jnp.concatenate(halves) if halves else self.scalars
-        return self.structure.unflatten(leaves), scalars, skipped
+        untapped = is_untapped(caller, [end.used for end in ends], [end.unseen for end in ends])
+        return self.structure.unflatten(leaves), scalars, skipped, self.untapped + untapped
 
 
 def _check_shapes(caller: str, wanted: Mapping[Path, Shape], held: Tree) -> None:

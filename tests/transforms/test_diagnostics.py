@@ -47,7 +47,7 @@ def test_figures_of_eva_are_those_of_the_gradient():
         tx = optax.chain(eva_optax.scale_by_eva(0.03, step_rule="kl_norm"), optax.sgd(0.1))
         _, state = jax.jit(tx.update)(tree(), tx.init(tree()))
         found = jax.jit(eva_optax.diagnostics)(state)
-        wanted, product = {"skipped": 0}, 0.0
+        wanted, product = {"skipped": 0, "untapped": 0}, 0.0
         for name, matrix, a, b in layers():
             update, _ = solve_eva(matrix, None, homogeneous(a)[:, None], b, 0.03, relative=True)
             product += np.sum(update * matrix)
@@ -81,7 +81,7 @@ def test_figures_of_eva_s_are_those_of_its_means():
         _, state = first_update(tx, grads)
         direction = np.outer(gradient.mean(1), gradient.mean(0))
         found = eva_optax.diagnostics(state)
-        assert set(found) == {"nu", "skipped", "layer/kernel/norm", "layer/kernel/cosine"}
+        assert set(found) == {"nu", "skipped", "untapped", "layer/kernel/norm", "layer/kernel/cosine"}
         np.testing.assert_allclose(found["layer/kernel/norm"], np.linalg.norm(direction), rtol=1e-12)
         np.testing.assert_allclose(found["layer/kernel/cosine"], cosine(gradient, direction), rtol=1e-12)
 
@@ -140,7 +140,7 @@ def test_the_plot_has_a_panel_for_each_quantity_and_a_line_for_each_layer():
         history.append(jax.device_get(eva_optax.diagnostics(state)))
     figure = eva_optax.plot_diagnostics(history, steps=[0, 5, 10])
     lines = {axis.get_title(): axis.get_lines() for axis in figure.axes}
-    assert len(lines) == 5
+    assert len(lines) == 6
     for title, drawn in lines.items():
         assert len(drawn) == (2 if "‖" in title or "cosine" in title else 1)
         for line in drawn:

@@ -1,0 +1,37 @@
+"""Steps that go past the taps: layers that have probes get a gradient, and none of the probes gets one.
+
+The model's own `apply`, or a function that was jitted before the model was tapped, trains as if there were no Eva.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+
+UNTAPPED = (
+    "tapped layers had gradients, but no layer had vectors: the loss did not run the tapped model. It called the apply "
+    "of the model that is not tapped, or a function that was jitted before the model was tapped, or the gradients were "
+    "cast to float16 on their way, where vectors are zero. Call model.apply of model = eva_optax.tap(model), jit the "
+    "step after that, and keep gradients in the precision of their parameters."
+)
+
+
+def is_untapped(caller: str, used: Sequence[Array], unseen: Sequence[Array]) -> Array:
+    """Whether no layer was used in this step, though some have gradients that are not zero.
+
+    Args:
+      caller: for the message.
+      used: which layers were used, in arrays of any shapes.
+      unseen: which layers were not, though they have a gradient.
+
+    Raises:
+      ValueError: if it is so, and the values are known (not under `jit`).
+    """
+    if not used:
+        return jnp.zeros((), bool)
+    some_used, some_unseen = (jnp.concatenate([part.ravel() for part in parts]).any() for parts in (used, unseen))
+    untapped = some_unseen & ~some_used
+    if not isinstance(untapped, Tracer) and untapped.is_fully_addressable and bool(untapped):
+        raise ValueError(f"eva_optax.{caller}: {UNTAPPED}")
+    return untapped
