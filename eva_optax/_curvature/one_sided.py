@@ -26,13 +26,14 @@ class OneSided(Tapped):
     statistics: tuple[str, ...] = ("a",)
 
     def read(self, layout: Layout, gradients: Sequence[Gradient], averages: Averages) -> tuple[Sums, Array]:
-        """‖(a, 1)ᵀG‖², ⟨G, G⟩ and ‖(a, 1)‖²; and (a, 1)ᵀG itself."""
+        """‖uᵀG‖² with u = (a, 1)/‖(a, 1)‖, ⟨G, G⟩ and ‖(a, 1)‖²; and (a, 1)ᵀG, whose own square overflows first."""
         a = averages["a"]
         along, gg = paired_sums([gradient.kernel for gradient in gradients], a, layout.sum_axes[1])
         aa, bias = layout.total(a * a), stack_biases(gradients)
         if bias is not None:
             along, gg, aa = along + bias, gg + bias * bias, aa + 1
-        return {"square": layout.total(along * along), "gg": layout.total(gg), "aa": aa}, along
+        unit = along * safe_divide(1, jnp.sqrt(aa))
+        return {"square": layout.total(unit * unit), "gg": layout.total(gg), "aa": aa}, along
 
     def solve(self, sums: Sums, damping: Damping) -> Solution:
         """V = (a, 1) · (a, 1)ᵀG."""
@@ -43,8 +44,9 @@ class OneSided(Tapped):
             factor, weight = None, safe_divide(1 - 1 / jnp.sqrt(1 + ratio), aa)
         else:
             factor, weight = damping.factor(aa.dtype), damping.invert(aa)
-        share = cosine(square, gg * aa, square)
-        return Solution(factor, weight, gg, weight * square, weight**2 * aa * square, share, jnp.isfinite(aa))
+        share = weight * aa
+        gv, vv, finite = share * square, share**2 * square, jnp.isfinite(aa)
+        return Solution(factor, weight, gg, gv, vv, cosine(square, gg, square), finite)
 
     def write(
         self, layout: Layout, gradients: Sequence[Gradient], averages: Averages, kept: Array, weight: Array

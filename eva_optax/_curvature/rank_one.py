@@ -46,7 +46,7 @@ class RankOne(Tapped):
         """By Sherman and Morrison."""
         gv, gg, vv = sums["gv"], sums["gg"], sums["aa"] * sums["bb"]
         weight = gv * damping.invert(vv)
-        finite = jnp.isfinite(sums["aa"] + sums["bb"])
+        finite = jnp.isfinite(vv) & jnp.isfinite(gv)  # products of what is finite may overflow
         return Solution(damping.factor(gg.dtype), weight, gg, weight * gv, weight**2 * vv, cosine(gv, gg, vv), finite)
 
     def write(

@@ -125,9 +125,10 @@ class Whitened(NamedTuple):
         sums, along = _WHITENING.read(layout, part.gradients, averages)
         solution = _WHITENING.solve(sums, self.damping)
         # The identity where the product is not finite, so that what broke it passes as it is.
-        weight = jnp.where(jnp.isfinite(sums["square"]), solution.weight, 0)
+        finite = jnp.isfinite(sums["square"])
+        weight, cosine = (jnp.where(finite, value, 0) for value in (solution.weight, solution.cosine))
         changed = _WHITENING.write(layout, part.gradients, averages, along, weight)
-        return changed, weight, solution.cosine, sums["gg"]
+        return changed, weight, cosine, sums["gg"]
 
     def back(self, layout: Layout, updates: list[Gradient], averages: Vectors, weight: Array) -> list[Gradient]:
         """R times each update."""
