@@ -1,8 +1,10 @@
 """`conjugate` and `center`: any Optax transformation, run in better coordinates of each tapped layer."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -163,6 +165,14 @@ class Centred:
 _WHITENING = OneSided(whitening=True)
 
 
+def _refuse_line_search(caller: str, *_: Any, **__: Any) -> None:
+    raise ValueError(
+        f"eva_optax.{caller}: a line search inside of it would go along an update in other coordinates than the loss "
+        f"has. Put it behind: optax.chain(eva_optax.{caller}(optax.scale_by_lbfgs()), optax.scale(-1.0), "
+        "optax.scale_by_zoom_linesearch(20))."
+    )
+
+
 def in_coordinates(
     caller: str,
     inner_of: Callable[[Any], optax.GradientTransformation],
@@ -196,6 +206,10 @@ def in_coordinates(
             weights.append(weight)
         inner = optax.with_extra_args_support(inner_of(updates))
         hidden = None if params is None else hide_probes(params)
+        like_updates = jax.tree.structure(updates)
+        extra = {k: hide_probes(v) if jax.tree.structure(v) == like_updates else v for k, v in extra.items()}
+        if "value_fn" in extra:
+            extra["value_fn"] = partial(_refuse_line_search, caller)
         inner_updates, inner_state = inner.update(hide_places(step.tree, leaves), state.inner, hidden, **extra)
         leaves = put_probes_back(step.tree, inner_updates)
         for end, weight in zip(ends, weights, strict=True):

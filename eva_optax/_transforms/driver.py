@@ -19,7 +19,14 @@ from eva_optax._probes.probe import is_probe
 from eva_optax._probes.stacking import stack, unstack
 from eva_optax._transforms.averages import Vectors, keep_finite, update_moving_average
 from eva_optax._transforms.buckets import Bucket, fill_buckets
-from eva_optax._transforms.options import check_decay, check_names, check_positive, check_probes, check_updates
+from eva_optax._transforms.options import (
+    check_decay,
+    check_names,
+    check_nested,
+    check_positive,
+    check_probes,
+    check_updates,
+)
 from eva_optax._transforms.state import End, Kept, Scalars, ScaleByEvaState, check_state, start_state
 from eva_optax._transforms.step_size import StepRule, check_step_rule, layer_factor, shared_factor
 
@@ -66,6 +73,7 @@ def precondition(
 def start(caller: str, curvature: Curvature, params: Any) -> tuple[Any, Array, Array, Array]:
     """`start_state` of a curvature, for its layers; `params` may hold shapes instead of arrays."""
     tree = take_apart(params)
+    check_nested(caller, tree)
     check_names(caller, tree)
     if curvature.statistics:
         check_probes(caller, tree, curvature.statistics)

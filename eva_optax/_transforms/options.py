@@ -83,6 +83,19 @@ def check_names(caller: str, params: Tree) -> None:
             raise name_is_taken(caller, path)
 
 
+def check_nested(caller: str, params: Tree) -> None:
+    """Raises ValueError if probes stand under names that were joined, as in a safetensors file."""
+    for name in (name for path in params.paths for name in path):
+        before, found, after = name.partition(KRONECKER)
+        if found and before[-1:] and before[-1:] == after[:1] and not before[-1:].isalnum():
+            separator = before[-1]
+            raise ValueError(
+                f"eva_optax.{caller}: the names of modules and parameters are joined, as in {name!r}, so that layers "
+                "cannot be told. Nest them again before they are trained: flax.traverse_util.unflatten_dict(params, "
+                f"sep={separator!r})."
+            )
+
+
 def check_updates(caller: str, updates: Tree, statistics: Sequence[str]) -> None:
     """Raises ValueError if there are leaves, but no layer, or none with the statistics that are needed."""
     if updates.leaves and not updates.layers:

@@ -1,6 +1,7 @@
 """Steps that go past the taps: layers that have probes get a gradient, and none of the probes gets one.
 
-The model's own `apply`, or a function that was jitted before the model was tapped, trains as if there were no Eva.
+The model's own `apply`, or a function that was jitted before the model was tapped, trains as if there were no Eva; so
+does a second transformation of the family in a chain, since the first one gives probes zeros.
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from jax.core import Tracer
 
 UNTAPPED = (
     "tapped layers had gradients, but no layer had vectors: the loss did not run the tapped model. It called the apply "
-    "of the model that is not tapped, or a function that was jitted before the model was tapped, or the gradients were "
-    "cast to float16 on their way, where vectors are zero. Call model.apply of model = eva_optax.tap(model), jit the "
-    "step after that, and keep gradients in the precision of their parameters."
+    "of the model that is not tapped, or a function that was jitted before the model was tapped: call model.apply of "
+    "model = eva_optax.tap(model), and jit the step after that. Or the vectors were lost on the way: by a cast of the "
+    "gradients to float16, where they are zero, or by another transformation of eva_optax before this one in the "
+    "chain, which uses them up: one of them is enough."
 )
 
 

@@ -141,8 +141,20 @@ def test_accumulation_asks_the_whole_batch(params):
 def test_gradients_that_were_cast_to_half_precision_are_found(params):
     halved = jax.tree.map(lambda leaf: leaf.astype(jnp.float16).astype(jnp.float32), tapped(params))
     tx = eva_optax.scale_by_eva()
-    with pytest.raises(ValueError, match="cast to float16"):
+    with pytest.raises(ValueError, match="cast of the gradients to float16"):
         tx.update(halved, tx.init(params))
+
+
+@pytest.mark.parametrize("second", ["scale_by_eva_f", "conjugate"])
+def test_a_second_member_in_a_chain_has_no_vectors_left(second, params):
+    tx = optax.chain(eva_optax.scale_by_eva(), FAMILY[second]())
+    with pytest.raises(
+        ValueError, match=rf"eva_optax\.{second}: .*before this one in the chain.*one of them is enough"
+    ):
+        tx.update(tapped(params), tx.init(params), params)
+    _, state = jax.jit(tx.update)(tapped(params), tx.init(params), params)
+    with pytest.raises(ValueError, match="one of them is enough"):
+        eva_optax.check(state)
 
 
 def test_skipped_layers_are_an_error_with_their_names(params):
