@@ -106,7 +106,8 @@ def tapping(
     """A context manager in which every Linen `init` and `apply` is tapped, for code that calls them itself.
 
     The context is no part of the cache key of `jax.jit`: enter it inside the function that is jitted, as the example
-    does. A function that was jitted and run before, and is called inside the context, stays untapped.
+    does. A function that was jitted and run before, and is called inside the context, stays untapped, which
+    `check` finds.
 
     Args:
       embeddings: as for `tap`.
