@@ -118,7 +118,7 @@ def test_layers_in_8_bit_floats_are_tapped(cls):
 
 @pytest.mark.parametrize("name", ["scale_by_eva", "eva_adamw"])
 def test_equations_grow_with_the_layers_and_no_faster(name):
-    """A step of 1,000 layers is traced and compiled in ten times the time of one of 100."""
+    """A step of 1,000 layers is traced in ten times the time of one of 100."""
 
     def equations(depth):
         model, tx = eva_optax.tap(Network(depth)), FAMILY[name]()
