@@ -1,6 +1,5 @@
 """Which NNX layers have a rule: what stands beside their kernels, and how their calls are tapped."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from eva_optax._flax.call_arguments import split_input
+from eva_optax._flax.nnx_stacking import stacked_axes
 from eva_optax._flax.plans import (
     Plan,
     Shape,
@@ -28,6 +28,7 @@ from eva_optax._flax.raw_parameters import RECORDER, RecordedCall
 from eva_optax._flax.registry import Registration, registered_class
 from eva_optax._flax.verify import compare, is_verifying
 from eva_optax._probes.probe import (
+    COUNTER,
     KRONECKER,
     STATISTICS,
     KernelShapes,
@@ -185,12 +186,12 @@ def new_probe(
     kernel = getattr(layer, kernel_name)
     counted = kernel if bias is None else getattr(layer, bias)
     own = vectors.kernel_shape
-    stacked = stack_axes(own, kernel.shape)
+    stacked, beside = stacked_axes(type(layer).__name__, own, kernel.shape, counted.shape)
     sizes = [kernel.shape[axis] for axis in stacked]
     counter = (*batch, *(1,) * (counted.ndim - len(stacked) - len(batch)))
-    # Kernel and bias are stacked at the same axis, counted from the front.
     shapes = {
-        name: _insert(shape, stacked, sizes) for name, shape in probe_shapes(vectors, statistics, counter).items()
+        name: _insert(shape, beside if name == COUNTER else stacked, sizes)
+        for name, shape in probe_shapes(vectors, statistics, counter).items()
     }
     known = kernel.get_metadata()
     kept = {name: known[name] for name in ("mesh", "sharding_rules", "eager_sharding") if name in known}
@@ -204,15 +205,6 @@ def new_probe(
         return type(kernel)(jnp.zeros(shape, accumulator(kernel.dtype)), **kept, **names)
 
     return {name: variable(name, shape) for name, shape in shapes.items()}
-
-
-def stack_axes(own: Shape, full: Shape) -> tuple[int, ...]:
-    """The axes of a kernel of shape `full` that were stacked upon its `own` shape; leading ones where it is open."""
-    count = len(full) - len(own)
-    for axes in itertools.combinations(range(len(full)), count):
-        if tuple(size for axis, size in enumerate(full) if axis not in axes) == tuple(own):
-            return axes
-    return tuple(range(count))
 
 
 def _insert(shape: Shape, axes: tuple[int, ...], sizes: list[int]) -> Shape:

@@ -21,6 +21,7 @@ from jax import Array
 from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
 
 from eva_optax._probes.probe import COUNTER, STATISTICS, LinearMap, Probe, unit_of
 from eva_optax._probes.rounding_noise import drop_noise
@@ -206,6 +207,12 @@ def _like(value: Array, aval: Any) -> Array:
 def shard_like(value: Array, leaf: Array) -> Array:
     """`value` with the sharding of `leaf`, where shardings are part of the types (explicit mesh axes)."""
     return _sharded(value, jax.typeof(leaf).sharding)
+
+
+def replicate(value: Array) -> Array:
+    """`value` on every device, where shardings are part of the types (explicit mesh axes)."""
+    sharding = jax.typeof(value).sharding
+    return _sharded(value, sharding.update(spec=PartitionSpec(*[None] * value.ndim)))
 
 
 def _sharded(value: Array, wanted: Any) -> Array:

@@ -1,6 +1,5 @@
 """What an optimizer's state says about training: a flat dict to log, and a plot of it."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +47,8 @@ def diagnostics(state: Any) -> dict[str, Array]:
     entry for each of its layers, "<layer>[2]/cosine"; groups of a convolution are averaged.
 
     Args:
-      state: an optimizer's state with a `ScaleByEvaState` or `ConjugateState` anywhere in it. Where there are several,
-        the keys begin with "0/", "1/", in their order.
+      state: an optimizer's state with a `ScaleByEvaState` or `ConjugateState` anywhere in it, or an `nnx.Optimizer`.
+        Where there are several, the keys begin with "0/", "1/", in their order.
 
     Returns:
       Scalars by name. Works under `jit` too; `jax.device_get` makes numbers of them.
@@ -148,9 +147,15 @@ def _find(tree: Any) -> Iterator[ScaleByEvaState | ConjugateState]:
 
     for node in jax.tree.leaves(tree, is_leaf=ours):
         if ours(node):
-            yield node
+            yield _unboxed(node)
         if isinstance(node, ConjugateState):
             yield from _find(node.inner)
+
+
+def _unboxed(state: Any) -> Any:
+    """A state whose single arrays are without the boxes that an optimizer of NNX puts around them."""
+    single = {name for name in state._fields if name not in ("vectors", "inner")}
+    return state._replace(**{name: jax.tree.leaves(getattr(state, name))[0] for name in single})
 
 
 def _report(state: ScaleByEvaState | ConjugateState) -> Iterator[tuple[str, Array]]:
@@ -160,8 +165,9 @@ def _report(state: ScaleByEvaState | ConjugateState) -> Iterator[tuple[str, Arra
     yield "untapped", state.untapped
     tree = take_apart(state.vectors)
     layers: dict[Path, dict[str, Array]] = {}
-    for path, leaf in zip(tree.paths, tree.leaves, strict=True):
-        layers.setdefault(path[:-1], {})[path[-1]] = leaf
+    for path, leaf in tree.items():
+        place, name = (path[:-1], path[-1]) if is_probe(path) else (path, "means")
+        layers.setdefault(place, {})[name] = leaf
     names = layer_names(path for path in layers if is_probe(path))
     cosines = iter(state.scalars[len(state.scalars) // 2 :])
     for path, averages in layers.items():
@@ -173,8 +179,7 @@ def _report(state: ScaleByEvaState | ConjugateState) -> Iterator[tuple[str, Arra
             pair, stacked = find_stacked(averages["a"].shape, getattr(averages.get("b"), "shape", None), counter.shape)
             cosine = jax.lax.index_in_dim(counter, 1, pair).ravel()
         if path not in names:
-            norms = [jnp.linalg.norm(average.ravel()) for average in averages.values()]
-            yield f"{'/'.join(path)}/norm", math.prod(norms[1:], start=norms[0])
+            yield f"{'/'.join(path)}/norm", jnp.prod(jnp.linalg.norm(averages["means"], axis=1))
             yield f"{'/'.join(path)}/cosine", cosine[0]
             continue
         sizes = [averages["a"].shape[axis] for _, axis in stacked]

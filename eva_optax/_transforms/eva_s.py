@@ -43,8 +43,8 @@ def scale_by_eva_s(
       learning_rate: η of "kl_clip": the rate, or the schedule, that is applied after this transformation.
 
     Returns:
-      An `optax.GradientTransformation` with state `ScaleByEvaState`, whose vectors are a tuple v₁ … v_k in the place of
-      each parameter, in its rank. Averages are float32 (float64 beside float64 parameters); updates have the gradients'
+      An `optax.GradientTransformation` with state `ScaleByEvaState`, whose vectors are an array in the place of each
+      parameter: v₁ … v_k are its rows, zeros behind the shorter ones. Averages are float32 (float64 beside float64 parameters); updates have the gradients'
       shapes and dtypes. A gradient that is not finite is passed on, is not averaged, and is counted in `skipped`.
 
     Raises:

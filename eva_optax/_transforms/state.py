@@ -19,6 +19,7 @@ from eva_optax._probes.probe import COUNTER, Path, Shape, accumulator
 from eva_optax._probes.stacking import stack, unstack
 from eva_optax._transforms.averages import Vectors
 from eva_optax._transforms.buckets import Bucket
+from eva_optax._transforms.packing import pack, packed_shape, unpack
 from eva_optax._transforms.untapped import is_untapped
 
 
@@ -28,7 +29,7 @@ class ScaleByEvaState(NamedTuple):
     Attributes:
       count: steps taken, int32 scalar.
       vectors: the running averages, shaped like the parameters. `scale_by_eva`: each probe holds `a` and `b`;
-        `scale_by_eva_f`: only `a`; `scale_by_eva_s`: in the place of each parameter the tuple of its means. Everything
+        `scale_by_eva_f`: only `a`; `scale_by_eva_s`: in the place of each parameter its means, one a row. Everything
         else is an `optax.MaskedNode`. Layers that are several at once have two scalars each in the place of `n`.
       scalars: for each other layer whether it has an average, then for each its last cosine; see `diagnostics`.
       skipped: how many times a layer was skipped because its vectors or their squares were not finite, or no longer
@@ -122,9 +123,12 @@ def start_state(tree: Tree, layers: Sequence[Layer], curvature: Curvature) -> tu
             if not layout.is_plain:
                 leaves[layer.probe[COUNTER]] = zeros(layout.counter, tree.leaves[layer.probe[COUNTER]])
         else:
-            leaves[layer.kernel] = tuple(map(zeros, shapes.values()))
+            leaves[layer.kernel] = zeros(packed_shape(shapes))
     plain = sum(layer.layout.is_plain for layer in layers)
     return tree.rebuild(leaves), jnp.zeros(2 * plain, dtype), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+
+
+_PACKED = "packed"
 
 
 class Kept(NamedTuple):
@@ -134,6 +138,7 @@ class Kept(NamedTuple):
       leaves: of the averages.
       structure: what puts them together again.
       places: the place of each among the leaves, by layer and name.
+      packed: the shapes, by name, of what is one leaf (at the name `_PACKED`) in the place of the kernel, by layer.
       plain: the place of each plain layer among all plain layers, by layer.
       scalars: the array of scalars.
       skipped: the number of skipped layers.
@@ -143,6 +148,7 @@ class Kept(NamedTuple):
     leaves: list[Array]
     structure: Any
     places: dict[tuple[int, str], int]
+    packed: dict[int, dict[str, Shape]]
     plain: dict[int, int]
     scalars: Array
     skipped: Array
@@ -155,18 +161,19 @@ class Kept(NamedTuple):
         Raises:
           ValueError: if it does not fit the layers.
         """
-        wanted = []
+        wanted, packed = [], {}
         for index, layer in enumerate(layers):
             shapes = curvature.averages(layer.layout)
+            if not layer.probe:
+                packed[index], shapes = shapes, {_PACKED: packed_shape(shapes)}
             if not layer.layout.is_plain:
                 shapes[COUNTER] = layer.layout.counter
-            for order, (name, shape) in enumerate(shapes.items()):
+            for name, shape in shapes.items():
                 place = layer.probe.get(name, layer.kernel)
-                path = tree.paths[place] if layer.probe else (*layer.path, name)
-                wanted.append((place, order, path, shape, (index, name)))
+                wanted.append((place, tree.paths[place], shape, (index, name)))
         wanted.sort()
         held = take_apart(state.vectors)
-        _check_shapes(caller, {path: shape for _, _, path, shape, _ in wanted}, held)
+        _check_shapes(caller, {path: shape for _, path, shape, _ in wanted}, held)
         plain = [index for index, layer in enumerate(layers) if layer.layout.is_plain]
         if state.scalars.shape != (2 * len(plain),):
             raise ValueError(
@@ -175,7 +182,7 @@ class Kept(NamedTuple):
             )
         places = {key: place for place, (*_, key) in enumerate(wanted)}
         numbered = {index: number for number, index in enumerate(plain)}
-        return cls(held.leaves, held.structure, places, numbered, state.scalars, state.skipped, state.untapped)
+        return cls(held.leaves, held.structure, places, packed, numbered, state.scalars, state.skipped, state.untapped)
 
     def of(self, bucket: Bucket) -> tuple[Vectors, Scalars]:
         """Averages and scalars of a bucket's layers, stacked, groups split."""
@@ -187,6 +194,8 @@ class Kept(NamedTuple):
             return stack([layout.split_groups(average.astype(accumulator(average.dtype))) for average in averages])
 
         averages = {name: stacked(name) for name in names}
+        if bucket.members[0] in self.packed:
+            averages = unpack(averages[_PACKED], self.packed[bucket.members[0]])
         if not layout.is_plain:
             counters = stack([self.leaves[self.places[index, COUNTER]] for index in bucket.members])
             return averages, Scalars(*layout.counter_to_kernel_axes(counters))
@@ -208,6 +217,7 @@ class Kept(NamedTuple):
         for bucket, averages, scalars, skips, _, _ in ends:
             layout = bucket.layout
             shapes = {"a": layout.a, "b": layout.b}
+            averages = {_PACKED: pack(averages)} if bucket.members[0] in self.packed else averages
             for name, average in averages.items():
                 for index, part in zip(bucket.members, unstack(average), strict=True):
                     merged = layout.merge_groups(part, shapes.get(name, part.shape))

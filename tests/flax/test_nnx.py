@@ -240,6 +240,20 @@ def test_ten_steps_of_an_nnx_optimizer_equal_ten_steps_of_plain_optax_and_of_lin
     assert optimizer.step[...] == 10
 
 
+def test_an_optimizer_without_a_tap_trains_and_holds_one_array_in_each_variable():
+    model, x = random_state(nnx.Linear(3, 2, rngs=nnx.Rngs(0))), inputs((4, 3))
+    optimizer = nnx.Optimizer(model, eva_optax.eva_s(0.1), wrt=nnx.Param)
+    params, plain = pure(params_of(model)), eva_optax.eva_s(0.1)
+    state, held = plain.init(params), jax.tree.structure(optimizer.opt_state)
+    for _ in range(3):
+        grads = nnx.grad(squares)(model, x)
+        updates, state = plain.update(pure(grads), state, params)
+        params = optax.apply_updates(params, updates)
+        optimizer.update(model, grads)
+        assert jax.tree.structure(optimizer.opt_state) == held
+    assert_trees_close(pure(params_of(model)), params)
+
+
 # Transformations
 
 
@@ -306,6 +320,35 @@ def test_stacked_layers_give_the_vectors_and_updates_of_a_loop(options):
                 rtol=1e-4,
                 atol=1e-5,
             )
+
+
+def ensemble(axis, members, inside, use_bias=True):
+    @nnx.split_rngs(splits=members)
+    @partial(nnx.vmap, in_axes=(0,), out_axes=axis)
+    def make(rngs):
+        layer = nnx.Linear(3, 2, use_bias=use_bias, rngs=rngs)
+        return eva_optax.tap(layer) if inside else layer
+
+    return make(nnx.Rngs(0)) if inside else eva_optax.tap(make(nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("axis", "members", "inside"), [(1, 3, False), (-1, 3, False), (1, 2, True), (-1, 2, True), (-1, 3, True)]
+)
+def test_as_many_members_as_features_are_told_apart(axis, members, inside):
+    layers, x = ensemble(axis, members, inside), inputs((4, 3))
+    grads = nnx.grad(lambda layers: nnx.vmap(squares, in_axes=(axis, None))(layers, x).sum())(layers)
+    a, b = eva_optax.vectors(grads)[""]
+    for member in range(members):
+        kernel, bias = (jnp.take(part[...], member, axis) for part in (layers.kernel, layers.bias))
+        np.testing.assert_allclose(jnp.take(a, member, axis)[:, 0], x.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(jnp.take(b, member, axis)[0], jnp.cos(x @ kernel + bias).sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_an_ensemble_whose_shapes_do_not_tell_its_axis_is_tapped_inside(use_bias):
+    with pytest.raises(ValueError, match=r"stacked Linear .* shape \(3, 2, 2\).*inside nnx\.vmap"):
+        ensemble(-1, 2, inside=False, use_bias=use_bias)
 
 
 def test_split_and_merge_and_vmapped_gradients():

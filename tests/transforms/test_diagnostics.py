@@ -124,9 +124,11 @@ def test_works_with_an_optimizer_of_nnx():
     optimizer = nnx.Optimizer(model, optax.chain(eva_optax.scale_by_eva(), optax.sgd(0.1)), wrt=nnx.Param)
     x = jnp.ones((4, 3))
     optimizer.update(model, jit(nnx.grad(lambda model: jnp.sum(model(x))))(model))
-    found = eva_optax.diagnostics(optimizer.opt_state)
+    found = eva_optax.diagnostics(optimizer)
     np.testing.assert_allclose(found["norm_a"], np.sqrt(3), rtol=1e-6)
     np.testing.assert_allclose(found["cosine"], 1, rtol=1e-6)
+    assert all(type(value) is type(x) and value.shape == () for value in found.values())
+    assert found.keys() == eva_optax.diagnostics(optimizer.opt_state).keys()
 
 
 def test_the_plot_has_a_panel_for_each_quantity_and_a_line_for_each_layer():

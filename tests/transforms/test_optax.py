@@ -411,6 +411,21 @@ def test_state_is_read_set_and_mapped_by_name(member, params):
 
 
 @family
+def test_state_is_mapped_beside_the_parameters(member, params):
+    def shape(leaf, param):
+        return leaf if isinstance(leaf, optax.MaskedNode) else (leaf.shape, param.shape)
+
+    masked = {"is_leaf": lambda leaf: isinstance(leaf, optax.MaskedNode)}  # as for optax.masked
+    state = optax.tree.map_params(member, shape, member.init(params), params, **masked)
+    layer = optax.tree.get(state, "vectors")["Dense_0"]
+    mean_input = layer["kronecker"]["kernel,bias"]["a"]
+    if isinstance(mean_input, optax.MaskedNode):
+        assert layer["kernel"] == ((2, 4), (4, 3))  # both means, as rows
+    else:
+        assert mean_input == ((4, 1), (4, 1))
+
+
+@family
 def test_unknown_extra_arguments_are_ignored(member, params):
     tx = optax.with_extra_args_support(member)
     updates, _ = tx.update(gradient(params), tx.init(params), params, value=1.0, unknown="anything")
