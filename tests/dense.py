@@ -120,13 +120,13 @@ def assert_preconditioned(grads: Any, updates: Any, damping: float, tolerance: f
 def probe(a: Any, b: Any, counter: tuple[int, ...], calls: float = 1.0) -> dict[str, Any]:
     """The cotangent of a probe after `calls` calls whose mean input is `a` and whose cotangents sum to `b`.
 
-    `counter` has the axes of the bias, or of the kernel without one, all 1 but for stacks; the last 1 becomes a pair.
+    `counter` has the axes of the bias, or of the kernel without one, all 1 but for stacks; the last 1 becomes the numbers.
     """
     a, b = jnp.asarray(a), jnp.asarray(b)
     own = max(axis for axis, size in enumerate(counter) if size == 1)
-    pair = jnp.array([calls * UNIT, calls * UNIT**2], a.dtype)
-    pair = pair.reshape([2 if axis == own else 1 for axis in range(len(counter))])
-    n = jnp.broadcast_to(pair, [2 if axis == own else size for axis, size in enumerate(counter)])
+    numbers = jnp.array([calls * UNIT, calls * 2.0**-32, 0, 0], a.dtype)
+    numbers = numbers.reshape([4 if axis == own else 1 for axis in range(len(counter))])
+    n = jnp.broadcast_to(numbers, [4 if axis == own else size for axis, size in enumerate(counter)])
     return {"a": a * calls * UNIT, "b": b * UNIT, "n": n}
 
 
@@ -174,8 +174,8 @@ LAYOUTS = [
     LayoutCase("embedding", (7, 3), (7, 1), (1, 3), None),
     LayoutCase("stacked at 0", (3, 5, 4), (3, 5, 1), (3, 1, 4), (0, 2), (0,)),
     LayoutCase("stacked at 1", (5, 3, 4), (5, 3, 1), (1, 3, 4), (2, 1), (1,)),
-    LayoutCase("stacked at 1, as many as outputs", (5, 4, 4), (5, 4, 1), (1, 4, 4), (2, 1), (1,)),
-    LayoutCase("stacked at -2, as many as outputs", (5, 4, 4), (5, 4, 1), (1, 4, 4), (1, 2), (1,)),
+    LayoutCase("stacked at 1, as many as outputs", (5, 3, 3), (5, 3, 1), (1, 3, 3), (2, 1), (1,)),
+    LayoutCase("stacked at -2, as many as outputs", (5, 3, 3), (5, 3, 1), (1, 3, 3), (1, 2), (1,)),
     LayoutCase("stacked at -1", (5, 4, 3), (5, 1, 3), (1, 4, 3), (1, 2), (2,)),
     LayoutCase("stacked without bias", (3, 5, 4), (3, 5, 1), (3, 1, 4), None, (0,)),
     LayoutCase("stacked once", (1, 5, 4), (1, 5, 1), (1, 1, 4), (0, 2), (0,)),

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from eva_optax._probes.probe import Shape
+from eva_optax._probes.probe import NUMBERS, Shape
 
 
 class Layout(NamedTuple):
     """Shapes of a layer's parts. `stacks` pairs each stacked axis in the counter with the kernel's.
 
-    The counter has the bias's layout (the kernel's without a bias), one axis of size 2 for its two numbers, at `pair`,
-    and 1 everywhere but at its stacked axes.
+    The counter has the bias's layout (the kernel's without a bias), one axis for its numbers, at `numbers`, and 1
+    everywhere but at its stacked axes.
     """
 
     kernel: Shape
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
     a: Shape
     b: Shape
     counter: Shape
-    pair: int
+    numbers: int
     stacks: tuple[tuple[int, int], ...]
 
     @classmethod
@@ -43,14 +43,14 @@ class Layout(NamedTuple):
         Raises:
           ValueError: naming the layer and all shapes, if they do not.
         """
-        for pair in reversed(range(len(counter))):
-            stacks = None if counter[pair] != 2 else _stacked(kernel, a, b, counter, pair)
+        for numbers in range(len(counter)):
+            stacks = None if counter[numbers] != NUMBERS else _stacked(kernel, a, b, counter, numbers)
             if stacks is None:
                 continue
             stacked = [axis for _, axis in stacks]
             sizes = enumerate(zip(kernel, a, strict=False))
             full_b = b or tuple(size if i == 1 or axis in stacked else 1 for axis, (size, i) in sizes)
-            layout = cls(kernel, bias, a, full_b, counter, pair, stacks)
+            layout = cls(kernel, bias, a, full_b, counter, numbers, stacks)
             if layout._fits():
                 return layout
         raise ValueError(
@@ -75,7 +75,11 @@ class Layout(NamedTuple):
     @classmethod
     def of_tensor(cls, shape: Shape) -> Self:
         """A tensor as one layer without a bias, all of whose axes are input axes."""
-        return cls(shape, None, shape, (1,) * len(shape), (2,), 0, ())
+        return cls(shape, None, shape, (1,) * len(shape), (NUMBERS,), 0, ())
+
+    def counter_with(self, count: int) -> Shape:
+        """The shape of a counter of so many numbers."""
+        return tuple(count if axis == self.numbers else size for axis, size in enumerate(self.counter))
 
     def split_groups(self, array: Array) -> Array:
         """Kernel, a or b with each grouped axis split in two; anything else as it is."""
@@ -112,27 +116,27 @@ class Layout(NamedTuple):
         """The sum over input and output axes, of arrays of equal layers stacked at a new first axis."""
         return jnp.sum(stacked, [1 + axis for axes in self.sum_axes for axis in axes], keepdims=True)
 
-    def counter_to_kernel_axes(self, stacked: Array) -> tuple[Array, Array]:
-        """The two numbers of stacked counters, each laid out against kernel, a and b, groups split."""
+    def counter_to_kernel_axes(self, stacked: Array) -> list[Array]:
+        """The numbers of stacked counters, each laid out against kernel, a and b, groups split."""
         shape = [1] * len(self.kernel)
         for position, axis in self.stacks:
             shape[axis] = self.counter[position]
         shape = (len(stacked), *self._split_shape(tuple(shape)))
-        first, second = (jax.lax.index_in_dim(stacked, index, self.pair + 1).reshape(shape) for index in (0, 1))
-        return first, second
+        axis = self.numbers + 1
+        return [jax.lax.index_in_dim(stacked, index, axis).reshape(shape) for index in range(stacked.shape[axis])]
 
     def kernel_axes_to_counter(self, *numbers: tuple[Array, Callable[[Array, Sequence[int]], Array]]) -> Array:
         """Undoes it; each number comes with what reduces it over the axes that a counter lacks."""
         unsplit = tuple(1 if o == 1 else i for i, o in zip(self.a, self.b, strict=True))
         others = tuple(1 + axis for axis in range(len(self.kernel)) if axis not in self._stack_axes)
-        single = tuple(1 if axis == self.pair else size for axis, size in enumerate(self.counter))
+        single = self.counter_with(1)
 
         def part(number: Array, reduce: Callable[[Array, Sequence[int]], Array]) -> Array:
             count, *split = number.shape
             merged = number.reshape(count, *(unsplit if self.is_grouped else split))
             return reduce(merged, others).reshape(count, *single)
 
-        return jnp.concatenate([part(*number) for number in numbers], self.pair + 1)
+        return jnp.concatenate([part(*number) for number in numbers], self.numbers + 1)
 
     def bias_to_kernel_axes(self, bias: Array) -> Array:
         """A bias-shaped array laid out as b."""
@@ -189,22 +193,25 @@ class Layout(NamedTuple):
         return tuple(split)
 
 
-def find_stacked(a: Shape, b: Shape | None, counter: Shape) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """The axis of a counter that holds its two numbers, and its stacked axes with those of a and b."""
-    for pair in reversed(range(len(counter))):
-        stacks = _stacked(a, a, b, counter, pair) if counter[pair] == 2 else None
+def find_stacked(
+    a: Shape, b: Shape | None, counter: Shape, count: int
+) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """The axis of a counter that holds its numbers, so many, and its stacked axes with those of a and b."""
+    places = range(len(counter))
+    for numbers in reversed(places) if b is None else places:  # without b an input axis may look like a stacked one
+        stacks = _stacked(a, a, b, counter, numbers) if counter[numbers] == count else None
         if stacks is not None:
-            return pair, stacks
+            return numbers, stacks
     raise ValueError(f"eva_optax: a counter of shape {counter} does not fit vectors of shapes {a} and {b}.")
 
 
-def _stacked(kernel: Shape, a: Shape, b: Shape | None, counter: Shape, pair: int) -> tuple[tuple[int, int], ...] | None:
+def _stacked(kernel: Shape, a: Shape, b: Shape | None, counter: Shape, numbers: int) -> tuple[tuple[int, int], ...] | None:
     """The stacked axes of the counter with the kernel's; None if an axis of the counter is none of the kernel's."""
     if not len(kernel) == len(a) == len(b or a):
         return None
     stacks = []
     for position, size in enumerate(counter):
-        if position == pair or size == 1:
+        if position == numbers or size == 1:
             continue
         # Flax stacks kernel and bias at the same axis, counted from the front or, if negative, from the end.
         candidates = (position, position - len(counter) + len(kernel))

@@ -4,8 +4,9 @@ Beside a kernel stand, as far as they were asked for, zeros for each *statistic*
 
     a     the kernel's shape, output axes of size 1   <- receives the mean input
     b     the kernel's shape, input axes of size 1    <- receives the summed output cotangent
-    n     the bias's rank (the kernel's without a bias), its own last axis of size 2
-                                                      <- receives 1 per call, in the unit of a and b, and in its square
+    n     the bias's rank (the kernel's without a bias), its own last axis of size 4
+                                                      <- receives 1 per call in the unit of a and b, 1 per call in
+                                                         another unit, and the rounding noise of a and of b
 
 The values of a probe are never used: only its gradient is.
 """
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 KRONECKER = "kronecker"
 COUNTER = "n"
@@ -25,14 +26,18 @@ Path = tuple[str, ...]
 Shape = tuple[int, ...]
 Probe = dict[str, Any]
 
+NUMBERS = 4  # of a counter
+
 # Stored in this unit the statistics are far below the rounding of any gradient, so that a global norm or a clip that
 # is placed before Eva does not see them. A power of two: only exponents change. Half precision has no exponents
-# that small; its unit is one that no sign or other function of single entries leaves behind (see `unit_is_known`).
+# that small; its unit is one that no sign or other function of single entries leaves behind (see `find_unit`).
 UNIT = 2.0**-40
 HALF_UNIT = 0.5
 
-# Every linear operation changes both numbers of a counter alike, up to rounding; Adam's eps of 1e-8 shifts their ratio
-# by 9e-5.
+# The unit of a counter's second number, for each unit. Every linear operation changes both numbers alike, up to
+# rounding. What divides entries by their own size and some eps does not, unless the eps is far larger than both: the
+# second number is as large as a norm allows.
+CHECK_UNITS = {UNIT: 2.0**-32, HALF_UNIT: 0.25}
 RATIO_TOLERANCE = 2.0**-16
 
 
@@ -104,7 +109,7 @@ def probe_shapes(shapes: KernelShapes, statistics: Sequence[str], counter: Shape
     a, b = shapes.probe_shapes
     batched = any(i > 1 and o > 1 for i, o in zip(a, b, strict=True))
     wanted = STATISTICS if batched else statistics
-    return {name: STATISTICS[name].shape(shapes) for name in wanted} | {COUNTER: (*counter[:-1], 2)}
+    return {name: STATISTICS[name].shape(shapes) for name in wanted} | {COUNTER: (*counter[:-1], NUMBERS)}
 
 
 def make_probe(shapes: dict[str, Shape], dtype: DTypeLike) -> Probe:
@@ -117,10 +122,13 @@ def unit_of(dtype: DTypeLike) -> float:
     return HALF_UNIT if dtype == jnp.float16 else UNIT
 
 
-def unit_is_known(per_unit: Array) -> Array:
-    """Whether `per_unit`, the ratio of a counter's two numbers, is one that a tap leaves."""
-    known = [jnp.abs(per_unit * unit - 1) < RATIO_TOLERANCE for unit in (UNIT, HALF_UNIT)]
-    return known[0] | known[1]
+def find_unit(ratio: Array) -> Array:
+    """The unit that a tap's counters have where their first number is `ratio` times the second; 0 if no tap's are so."""
+
+    def otherwise(unit: float, other: ArrayLike) -> Array:
+        return jnp.where(jnp.abs(ratio * (CHECK_UNITS[unit] / unit) - 1) < RATIO_TOLERANCE, unit, other)
+
+    return otherwise(UNIT, otherwise(HALF_UNIT, jnp.zeros_like(ratio)))
 
 
 def probe_name(kernel: str, bias: str | None) -> str:

@@ -3,6 +3,9 @@
 A sum of terms that cancel leaves rounding noise. BatchNorm makes the cotangents before it, and the activations after
 it, cancel exactly in exact arithmetic. What floating point leaves has a random direction, and scale-free
 preconditioning would give it full weight.
+
+The tap knows the terms of its own sum, and sends a bound on its noise along. Whoever reads the gradients decides: terms
+may cancel only across devices or calls.
 """
 
 import jax
@@ -21,20 +24,35 @@ ACCUMULATOR_ROUNDINGS = 2.0
 MOST_NOISE = 0.25
 
 
-def drop_noise(vector: Array, terms: Array, *, mean: bool, unit: float) -> Array:
-    """`unit` times `vector`, or zeros if its norm is no larger than the rounding error of the sum that it came from.
+def noise_bound(terms: Array, vector: Array, unit: float, *, mean: bool) -> Array:
+    """What the norm of the rounding error of `vector` stays below, in an array of one entry.
 
     Args:
-      vector: the sum of the terms, or their mean.
       terms: what was summed.
-      mean: whether `vector` is the mean.
-      unit: a power of two.
+      vector: the sum of the terms, or their mean.
+      unit: what the bound is multiplied by.
+      mean: whether it is the mean.
     """
-    squares = jnp.square(terms.astype(vector.dtype))
-    bound = _roundings(terms, vector, mean) ** 2
-    genuine = jnp.sum(jnp.square(vector)) > jnp.sum(squares) * bound
-    # What is not finite times 0 is NaN: that is to be seen.
-    return vector * jax.lax.select(genuine, *(np.asarray(value, vector.dtype) for value in (unit, 0)))
+    squares = jnp.sum(jnp.square(terms.astype(vector.dtype)))
+    # Something above zero, where the root has a derivative.
+    root = jnp.sqrt(squares + float(jnp.finfo(vector.dtype).tiny))
+    return jnp.expand_dims(root * (unit * _roundings(terms, vector, mean)), 0)
+
+
+def without_noise(scale: Array, vector: Array, bound: Array) -> Array:
+    """`scale`, or 0 where the norm of `vector` is no larger than `bound`: for some layers, stacked at the first axis.
+
+    Both are sums, over calls and devices, of what each of them had: bounds on parts add up to a bound on the sum, and
+    a sum of parts that only cancel together is recognised. What is not finite is no noise: it is to be seen.
+
+    Args:
+      scale: what brings both to a size whose square is in the range of their dtype; it has the shape of `bound`.
+      vector: the stacked vectors.
+      bound: one number for each layer, and for each of its batch axes that has one.
+    """
+    axes = [axis for axis in range(1, vector.ndim) if bound.shape[axis] == 1]
+    squares = jnp.sum(jnp.square(vector * scale), axes, keepdims=True)
+    return jnp.where(squares <= jnp.square(bound * scale), 0, scale)
 
 
 def _roundings(terms: Array, vector: Array, mean: bool) -> ArrayLike:

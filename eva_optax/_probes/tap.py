@@ -11,20 +11,22 @@ Statistics are taken of the values, as if they were constants: derivatives of a 
 the derivative of `collect` leaves out that of its statistics.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from eva_optax._probes.probe import COUNTER, STATISTICS, LinearMap, Probe, unit_of
-from eva_optax._probes.rounding_noise import drop_noise
+from eva_optax._probes.probe import CHECK_UNITS, COUNTER, NUMBERS, STATISTICS, LinearMap, Probe, unit_of
+from eva_optax._probes.rounding_noise import noise_bound
 
 
 def tap(linear_map: LinearMap, has_bias: bool, probe: Probe, x: Array, y: Array) -> Array:
@@ -77,17 +79,18 @@ def _differentiate_tap(primals: Sequence[Any], tangents: Sequence[Any], **params
             f"{linear_map.kernel_shape}): its mean input is not defined. Drop empty batches before the training step."
         )
 
+    share = _share_of_noise(probe[-1].shape[len(levels) :])
+
     def statistics_of_input(x: Array) -> list[Array]:
         statistics = []
         for name, leaf in zip(names, probe, strict=True):
             if name == COUNTER or not STATISTICS[name].of_input:
                 continue
             value, unit = STATISTICS[name].compute(linear_map, x), unit_of(leaf.dtype)
+            statistics.append(value * unit)
             # With a bias the homogeneous input (a, 1) is never noise.
-            if has_bias or not jnp.issubdtype(x.dtype, jnp.floating):
-                statistics.append(value * unit)
-            else:
-                statistics.append(drop_noise(value, x, mean=True, unit=unit))
+            if not has_bias and jnp.issubdtype(x.dtype, jnp.floating):
+                statistics.append(noise_bound(x, value, unit * share, mean=True))
         return statistics
 
     sizes = y.shape[: len(levels)]
@@ -120,29 +123,36 @@ def _transpose_collect(
     to_dy = cotangent if ad.is_undefined_primal(dy) else None
     if type(cotangent) is ad.Zero:
         return (to_dy, *(None for _ in others))
-    remaining = iter(of_input)
+    leaves = dict(zip(names, map(_aval, probe), strict=True))
+    counter = leaves[COUNTER].shape[level_count:]
 
-    def statistic(name: str, dtype: Any) -> Array:
-        if name == COUNTER:
-            unit = unit_of(dtype)
-            return jnp.array([unit, unit**2], dtype)
-        if STATISTICS[name].of_input:
-            return next(remaining)
+    def all_statistics(dy: Array, of_input: tuple[Array, ...]) -> list[Array]:
+        a, *bounds = of_input
+        unit, found = unit_of(leaves[COUNTER].dtype), {"a": a}
+        calls = np.array([unit, CHECK_UNITS[unit]] if bounds else [unit, CHECK_UNITS[unit], 0])
+        if "b" in leaves:
+            b = STATISTICS["b"].compute(linear_map, dy)
+            found["b"] = b * unit
+            bounds.append(noise_bound(dy, b, unit * _share_of_noise(counter), mean=False))
+        else:
+            bounds.append(np.zeros(1))
+        numbers = jnp.concatenate([part.astype(leaves[COUNTER].dtype) for part in (calls, *bounds)])
+        found[COUNTER] = numbers if numbers.shape == counter else jnp.broadcast_to(numbers, counter)
+        return [found[name] for name in names]
 
-        def of_cotangent(dy: Array) -> Array:
-            total = STATISTICS[name].compute(linear_map, dy)
-            return drop_noise(total, dy, mean=False, unit=unit_of(dtype))
-
-        for _ in range(level_count):
-            of_cotangent = jax.vmap(of_cotangent)
-        return of_cotangent(cotangent)
-
-    statistics = [statistic(name, _aval(leaf).dtype) for name, leaf in zip(names, probe, strict=True)]
+    for _ in range(level_count):
+        all_statistics = jax.vmap(all_statistics)
+    statistics = all_statistics(cotangent, of_input)
     to_probe = (
         _like(value, _aval(leaf)) if ad.is_undefined_primal(leaf) else None
         for value, leaf in zip(statistics, probe, strict=True)
     )
     return (to_dy, *(None for _ in of_input), *to_probe)
+
+
+def _share_of_noise(counter: tuple[int, ...]) -> float:
+    """A counter with batch axes has an entry for each of them, which share the noise of all."""
+    return (math.prod(counter) // NUMBERS) ** -0.5
 
 
 def _batch_tap(arguments: Sequence[Any], axes: Sequence[Any], *, levels: tuple[bool, ...], **params: Any) -> Any:

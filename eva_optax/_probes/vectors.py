@@ -1,5 +1,6 @@
 """What the gradients of probes say: counters, and the Kronecker vectors as a user sees them."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ from jax.core import Tracer
 
 from eva_optax._probes.layers import how_to_tap, take_apart
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import COUNTER, KRONECKER, UNIT, accumulator, unit_is_known
+from eva_optax._probes.probe import CHECK_UNITS, COUNTER, KRONECKER, UNIT, accumulator, find_unit
+from eva_optax._probes.rounding_noise import without_noise
 
 
 class Scales(NamedTuple):
@@ -25,37 +27,47 @@ class Scales(NamedTuple):
     total: Array
 
 
-def read_counters(count: Array, unit: Array, names: tuple[str, ...]) -> Scales:
-    """The scales of layers from the two numbers of their counters.
+def read_counters(numbers: Sequence[Array], vectors: Mapping[str, Array], names: tuple[str, ...]) -> Scales:
+    """The scales of layers from the numbers of their counters; zero where a vector is nothing but rounding noise.
 
     Both scales are NaN where the numbers are no gradients of a probe, because something changed them entry by entry.
 
     Args:
-      count: the first numbers, one array for some layers.
-      unit: the second ones.
-      names: the layers, for the message, stacked along the first axis of both.
+      numbers: those of the counters, each one array for some layers.
+      vectors: the probes' "a", and "b" if it is needed, stacked in the same way.
+      names: the layers, for the message, stacked along the first axis of all.
 
     Raises:
       ValueError: if they are no gradients, and the values are known (not under `jit`).
     """
+    count, check, *bounds = numbers
     used = count != 0
     safe = jnp.where(used, count, 1)
-    ratio = safe / jnp.where(unit == 0, 1, unit)
-    foreign = used & ~unit_is_known(ratio)
-    _refuse_foreign(foreign & jnp.isfinite(ratio), ratio, names)
+    ratio = safe / jnp.where(check == 0, 1, check)
+    unit = find_unit(ratio)
+    # Who applies a learning rate, with its sign, is an optimizer.
+    foreign = used & ((unit == 0) | (count < 0))
+    _refuse_foreign(foreign & jnp.isfinite(ratio), count, ratio, names)
     scale = jnp.where(foreign, jnp.nan, 1.0).astype(count.dtype)
-    return Scales(used, scale / safe, jnp.where(used, scale * ratio, 0))
+    scales = {"a": scale / safe, "b": jnp.where(used, scale / jnp.where(foreign, 1, unit), 0)}
+    pairs = zip(scales, bounds, strict=True)
+    scales |= {name: without_noise(scales[name], vectors[name], bound) for name, bound in pairs if name in vectors}
+    return Scales(used, scales["a"], scales["b"])
 
 
-def _refuse_foreign(foreign: Array, ratio: Array, names: tuple[str, ...]) -> None:
+def _refuse_foreign(foreign: Array, count: Array, ratio: Array, names: tuple[str, ...]) -> None:
     if isinstance(foreign, Tracer) or not foreign.is_fully_addressable or not bool(foreign.any()):
         return
     index = int(jnp.argmax(foreign.ravel()))
     name = names[index * len(names) // ratio.size]
+    cause = (
+        f"its counters have the ratio {float(ratio.ravel()[index]):.7g}, a gradient has {UNIT / CHECK_UNITS[UNIT]:.7g}. "
+        "Something before Eva changes gradients entry by entry (Adam, sign, noise)."
+    )
+    if float(count.ravel()[index]) < 0:
+        cause = "its count of calls is negative. An optimizer before Eva has applied its learning rate, with the sign."
     raise ValueError(
-        f"eva_optax: what layer {name!r} has below {KRONECKER!r} is not the gradient of "
-        f"a probe: its counters have the ratio {float(ratio.ravel()[index]):.7g}, a gradient has {1 / UNIT:.7g}. "
-        "Something before Eva changes gradients entry by entry (Adam, sign, noise). Put Eva first: "
+        f"eva_optax: what layer {name!r} has below {KRONECKER!r} is not the gradient of a probe: {cause} Put Eva first: "
         "optax.chain(eva_optax.scale_by_eva(), optax.adam(1e-3)). Before it only linear operations make sense: "
         "averages, clip_by_global_norm, weight decay."
     )
@@ -115,11 +127,12 @@ def vectors(grads: Any) -> dict[str, KroneckerVectors]:
     for layer in tree.layers:
         layout, leaves = layer.layout, {name: jnp.asarray(tree.leaves[place]) for name, place in layer.probe.items()}
         leaves = {name: leaf.astype(accumulator(leaf.dtype)) for name, leaf in leaves.items()}
-        scales = read_counters(*layout.counter_to_kernel_axes(leaves[COUNTER][None]), (layer.name,))
+        stacked = {name: layout.split_groups(leaf)[None] for name, leaf in leaves.items() if name != COUNTER}
+        scales = read_counters(layout.counter_to_kernel_axes(leaves[COUNTER][None]), stacked, (layer.name,))
 
-        def scaled(leaf: Array, scale: Array, layout: Layout = layout) -> Array:
-            return layout.merge_groups(layout.split_groups(leaf) * scale[0], leaf.shape)
+        def scaled(name: str, scale: Array, layout: Layout = layout, stacked: dict[str, Array] = stacked) -> Array:
+            return layout.merge_groups((stacked[name] * scale)[0], leaves[name].shape)
 
-        b = scaled(leaves["b"], scales.total) if "b" in leaves else None
-        found[layer.name] = KroneckerVectors(layout.repeat_groups(scaled(leaves["a"], scales.mean)), b)
+        b = scaled("b", scales.total) if "b" in leaves else None
+        found[layer.name] = KroneckerVectors(layout.repeat_groups(scaled("a", scales.mean)), b)
     return found

@@ -5,7 +5,7 @@ never stacked: that would copy them.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,11 +40,14 @@ class Bucket(NamedTuple):
         arrays = [jnp.asarray(leaves[layer.probe[name]]) for layer in self.layers]
         return stack([self.layout.split_groups(array.astype(accumulator(array.dtype))) for array in arrays])
 
-    def scales(self, leaves: Sequence[Any]) -> Scales:
-        """The scales of the layers' statistics."""
+    def scales(self, leaves: Sequence[Any], vectors: Mapping[str, Array]) -> Scales:
+        """The scales of the layers' statistics, of which these are wanted."""
+        if self.layout.bias is not None:
+            vectors = {name: vector for name, vector in vectors.items() if name != "a"}  # (a, 1) is never noise
         counters = [jnp.asarray(leaves[layer.probe[COUNTER]]) for layer in self.layers]
-        pairs = stack([counter.astype(accumulator(counter.dtype)) for counter in counters])
-        return read_counters(*self.layout.counter_to_kernel_axes(pairs), tuple(layer.name for layer in self.layers))
+        stacked = stack([counter.astype(accumulator(counter.dtype)) for counter in counters])
+        numbers = self.layout.counter_to_kernel_axes(stacked)
+        return read_counters(numbers, vectors, tuple(layer.name for layer in self.layers))
 
 
 def fill_buckets(layers: Sequence[Layer], leaves: Sequence[Any]) -> list[Bucket]:

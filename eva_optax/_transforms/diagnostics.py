@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from eva_optax._probes.layers import layer_names, take_apart
 from eva_optax._probes.layout import find_stacked
 from eva_optax._probes.probe import COUNTER, Path, is_probe
-from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState
+from eva_optax._transforms.state import CenterState, ConjugateState, Scalars, ScaleByEvaState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,8 +176,9 @@ def _report(state: ScaleByEvaState | ConjugateState) -> Iterator[tuple[str, Arra
         if counter is None:
             cosine = next(cosines)[None]
         else:
-            pair, stacked = find_stacked(averages["a"].shape, getattr(averages.get("b"), "shape", None), counter.shape)
-            cosine = jax.lax.index_in_dim(counter, 1, pair).ravel()
+            shapes = averages["a"].shape, getattr(averages.get("b"), "shape", None), counter.shape
+            numbers, stacked = find_stacked(*shapes, len(Scalars._fields))
+            cosine = jax.lax.index_in_dim(counter, 1, numbers).ravel()
         if path not in names:
             yield f"{'/'.join(path)}/norm", jnp.prod(jnp.linalg.norm(averages["means"], axis=1))
             yield f"{'/'.join(path)}/cosine", cosine[0]

@@ -141,8 +141,9 @@ def observe(caller: str, curvature: Curvature, updates: Any, state: Any, decay: 
         gradients = [Gradient(*layer.gradient(tree.leaves)) for layer in bucket.layers]
         old, scalars = kept.of(bucket)
         if curvature.statistics:
-            scales = bucket.scales(tree.leaves)
-            new, used = {name: bucket.stacked(tree.leaves, name) for name in old}, scales.used
+            new = {name: bucket.stacked(tree.leaves, name) for name in old}
+            scales = bucket.scales(tree.leaves, new)
+            used = scales.used
         else:
             observed = [curvature.observe(gradient) for gradient in gradients]
             scales, new = None, {name: stack([each[name] for each in observed]) for name in old}

@@ -15,6 +15,7 @@ from jax import Array
 
 from eva_optax._curvature.curvature import Curvature
 from eva_optax._probes.layers import Layer, Tree, take_apart
+from eva_optax._probes.layout import Layout
 from eva_optax._probes.probe import COUNTER, Path, Shape, accumulator
 from eva_optax._probes.stacking import stack, unstack
 from eva_optax._transforms.averages import Vectors
@@ -121,7 +122,7 @@ def start_state(tree: Tree, layers: Sequence[Layer], curvature: Curvature) -> tu
                 # Like the probe's leaf, which has its sharding.
                 leaves[layer.probe[name]] = zeros(shape, tree.leaves[layer.probe[name]])
             if not layout.is_plain:
-                leaves[layer.probe[COUNTER]] = zeros(layout.counter, tree.leaves[layer.probe[COUNTER]])
+                leaves[layer.probe[COUNTER]] = zeros(_record_shape(layout), tree.leaves[layer.probe[COUNTER]])
         else:
             leaves[layer.kernel] = zeros(packed_shape(shapes))
     plain = sum(layer.layout.is_plain for layer in layers)
@@ -167,7 +168,7 @@ class Kept(NamedTuple):
             if not layer.probe:
                 packed[index], shapes = shapes, {_PACKED: packed_shape(shapes)}
             if not layer.layout.is_plain:
-                shapes[COUNTER] = layer.layout.counter
+                shapes[COUNTER] = _record_shape(layer.layout)
             for name, shape in shapes.items():
                 place = layer.probe.get(name, layer.kernel)
                 wanted.append((place, tree.paths[place], shape, (index, name)))
@@ -238,6 +239,11 @@ class Kept(NamedTuple):
         scalars = jnp.concatenate(halves) if halves else self.scalars
         untapped = is_untapped(caller, [end.used for end in ends], [end.unseen for end in ends])
         return self.structure.unflatten(leaves), scalars, skipped, self.untapped + untapped
+
+
+def _record_shape(layout: Layout) -> Shape:
+    """The shape of what is kept in the place of a counter."""
+    return layout.counter_with(len(Scalars._fields))
 
 
 def _check_shapes(caller: str, wanted: Mapping[Path, Shape], held: Tree) -> None:

@@ -342,7 +342,7 @@ def test_as_many_members_as_features_are_told_apart(axis, members, inside):
     for member in range(members):
         kernel, bias = (jnp.take(part[...], member, axis) for part in (layers.kernel, layers.bias))
         np.testing.assert_allclose(jnp.take(a, member, axis)[:, 0], x.mean(0), rtol=1e-6)
-        np.testing.assert_allclose(jnp.take(b, member, axis)[0], jnp.cos(x @ kernel + bias).sum(0), rtol=1e-5)
+        np.testing.assert_allclose(jnp.take(b, member, axis)[0], jnp.cos(x @ kernel + bias[None]).sum(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
