@@ -120,11 +120,12 @@ def assert_preconditioned(grads: Any, updates: Any, damping: float, tolerance: f
 def probe(a: Any, b: Any, counter: tuple[int, ...], calls: float = 1.0) -> dict[str, Any]:
     """The cotangent of a probe after `calls` calls whose mean input is `a` and whose cotangents sum to `b`.
 
-    `counter` has the axes of the bias, or of the kernel without one, all 1 but for stacks; the last 1 becomes the numbers.
+    `counter` has the axes of the bias, or of the kernel without one, all 1 but for stacks; the last 1 becomes
+    the numbers.
     """
     a, b = jnp.asarray(a), jnp.asarray(b)
     own = max(axis for axis, size in enumerate(counter) if size == 1)
-    numbers = jnp.array([calls * UNIT, calls * 2.0**-32, 0, 0], a.dtype)
+    numbers = jnp.array([calls * UNIT, calls * 2.0**-28, 0, 0], a.dtype)
     numbers = numbers.reshape([4 if axis == own else 1 for axis in range(len(counter))])
     n = jnp.broadcast_to(numbers, [4 if axis == own else size for axis, size in enumerate(counter)])
     return {"a": a * calls * UNIT, "b": b * UNIT, "n": n}

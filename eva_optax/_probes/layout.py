@@ -193,9 +193,7 @@ class Layout(NamedTuple):
         return tuple(split)
 
 
-def find_stacked(
-    a: Shape, b: Shape | None, counter: Shape, count: int
-) -> tuple[int, tuple[tuple[int, int], ...]]:
+def find_stacked(a: Shape, b: Shape | None, counter: Shape, count: int) -> tuple[int, tuple[tuple[int, int], ...]]:
     """The axis of a counter that holds its numbers, so many, and its stacked axes with those of a and b."""
     places = range(len(counter))
     for numbers in reversed(places) if b is None else places:  # without b an input axis may look like a stacked one
@@ -205,7 +203,9 @@ def find_stacked(
     raise ValueError(f"eva_optax: a counter of shape {counter} does not fit vectors of shapes {a} and {b}.")
 
 
-def _stacked(kernel: Shape, a: Shape, b: Shape | None, counter: Shape, numbers: int) -> tuple[tuple[int, int], ...] | None:
+def _stacked(
+    kernel: Shape, a: Shape, b: Shape | None, counter: Shape, numbers: int
+) -> tuple[tuple[int, int], ...] | None:
     """The stacked axes of the counter with the kernel's; None if an axis of the counter is none of the kernel's."""
     if not len(kernel) == len(a) == len(b or a):
         return None

@@ -37,7 +37,7 @@ HALF_UNIT = 0.5
 # The unit of a counter's second number, for each unit. Every linear operation changes both numbers alike, up to
 # rounding. What divides entries by their own size and some eps does not, unless the eps is far larger than both: the
 # second number is as large as a norm allows.
-CHECK_UNITS = {UNIT: 2.0**-32, HALF_UNIT: 0.25}
+CHECK_UNITS = {UNIT: 2.0**-28, HALF_UNIT: 0.25}
 RATIO_TOLERANCE = 2.0**-16
 
 
@@ -123,7 +123,7 @@ def unit_of(dtype: DTypeLike) -> float:
 
 
 def find_unit(ratio: Array) -> Array:
-    """The unit that a tap's counters have where their first number is `ratio` times the second; 0 if no tap's are so."""
+    """The unit of counters whose first number is `ratio` times the second; 0 if they are no tap's."""
 
     def otherwise(unit: float, other: ArrayLike) -> Array:
         return jnp.where(jnp.abs(ratio * (CHECK_UNITS[unit] / unit) - 1) < RATIO_TOLERANCE, unit, other)

@@ -129,16 +129,15 @@ def _transpose_collect(
     def all_statistics(dy: Array, of_input: tuple[Array, ...]) -> list[Array]:
         a, *bounds = of_input
         unit, found = unit_of(leaves[COUNTER].dtype), {"a": a}
-        calls = np.array([unit, CHECK_UNITS[unit]] if bounds else [unit, CHECK_UNITS[unit], 0])
+        numbers: list[Any] = [np.array([unit, CHECK_UNITS[unit]] if bounds else [unit, CHECK_UNITS[unit], 0]), *bounds]
         if "b" in leaves:
             b = STATISTICS["b"].compute(linear_map, dy)
             found["b"] = b * unit
-            bounds.append(noise_bound(dy, b, unit * _share_of_noise(counter), mean=False))
+            numbers.append(noise_bound(dy, b, unit * _share_of_noise(counter), mean=False))
         else:
-            bounds.append(np.zeros(1))
-        numbers = jnp.concatenate([part.astype(leaves[COUNTER].dtype) for part in (calls, *bounds)])
-        found[COUNTER] = numbers if numbers.shape == counter else jnp.broadcast_to(numbers, counter)
-        return [found[name] for name in names]
+            numbers.append(np.zeros(1))
+        found[COUNTER] = jnp.concatenate([part.astype(leaves[COUNTER].dtype) for part in numbers])
+        return [jnp.broadcast_to(found[name], counter) if name == COUNTER else found[name] for name in names]
 
     for _ in range(level_count):
         all_statistics = jax.vmap(all_statistics)

@@ -8,7 +8,6 @@ from jax import Array
 from jax.core import Tracer
 
 from eva_optax._probes.layers import how_to_tap, take_apart
-from eva_optax._probes.layout import Layout
 from eva_optax._probes.probe import CHECK_UNITS, COUNTER, KRONECKER, UNIT, accumulator, find_unit
 from eva_optax._probes.rounding_noise import without_noise
 
@@ -61,15 +60,15 @@ def _refuse_foreign(foreign: Array, count: Array, ratio: Array, names: tuple[str
     index = int(jnp.argmax(foreign.ravel()))
     name = names[index * len(names) // ratio.size]
     cause = (
-        f"its counters have the ratio {float(ratio.ravel()[index]):.7g}, a gradient has {UNIT / CHECK_UNITS[UNIT]:.7g}. "
-        "Something before Eva changes gradients entry by entry (Adam, sign, noise)."
+        f"its counters have the ratio {float(ratio.ravel()[index]):.7g}, a gradient has {UNIT / CHECK_UNITS[UNIT]:.7g}."
+        " Something before Eva changes gradients entry by entry (Adam, sign, noise)."
     )
     if float(count.ravel()[index]) < 0:
         cause = "its count of calls is negative. An optimizer before Eva has applied its learning rate, with the sign."
     raise ValueError(
-        f"eva_optax: what layer {name!r} has below {KRONECKER!r} is not the gradient of a probe: {cause} Put Eva first: "
-        "optax.chain(eva_optax.scale_by_eva(), optax.adam(1e-3)). Before it only linear operations make sense: "
-        "averages, clip_by_global_norm, weight decay."
+        f"eva_optax: what layer {name!r} has below {KRONECKER!r} is not the gradient of a probe: {cause} "
+        "Put Eva first: optax.chain(eva_optax.scale_by_eva(), optax.adam(1e-3)). Before it only linear operations make "
+        "sense: averages, clip_by_global_norm, weight decay."
     )
 
 
@@ -130,9 +129,7 @@ def vectors(grads: Any) -> dict[str, KroneckerVectors]:
         stacked = {name: layout.split_groups(leaf)[None] for name, leaf in leaves.items() if name != COUNTER}
         scales = read_counters(layout.counter_to_kernel_axes(leaves[COUNTER][None]), stacked, (layer.name,))
 
-        def scaled(name: str, scale: Array, layout: Layout = layout, stacked: dict[str, Array] = stacked) -> Array:
-            return layout.merge_groups((stacked[name] * scale)[0], leaves[name].shape)
-
-        b = scaled("b", scales.total) if "b" in leaves else None
-        found[layer.name] = KroneckerVectors(layout.repeat_groups(scaled("a", scales.mean)), b)
+        a = layout.merge_groups((stacked["a"] * scales.mean)[0], layout.a)
+        b = layout.merge_groups((stacked["b"] * scales.total)[0], layout.b) if "b" in leaves else None
+        found[layer.name] = KroneckerVectors(layout.repeat_groups(a), b)
     return found

@@ -17,8 +17,10 @@ from eva_optax._probes.layers import Layer, Tree, take_apart
 from eva_optax._probes.layout import Layout
 from eva_optax._probes.probe import is_probe
 from eva_optax._probes.stacking import stack, unstack
+from eva_optax._probes.vectors import Scales
 from eva_optax._transforms.averages import Vectors, keep_finite, update_moving_average
 from eva_optax._transforms.buckets import Bucket, fill_buckets
+from eva_optax._transforms.centralized import are_centralized
 from eva_optax._transforms.options import (
     check_decay,
     check_names,
@@ -136,21 +138,33 @@ def observe(caller: str, curvature: Curvature, updates: Any, state: Any, decay: 
         check_updates(caller, tree, curvature.statistics)
     layers = _layers(curvature, tree)
     kept = Kept.read(caller, state, tree, layers, curvature)
+    buckets = fill_buckets(layers, tree.leaves)
+    new, scales = _statistics(caller, curvature, buckets, tree)
     parts = []
-    for bucket in fill_buckets(layers, tree.leaves):
+    for bucket, of_step, scale in zip(buckets, new, scales, strict=True):
         gradients = [Gradient(*layer.gradient(tree.leaves)) for layer in bucket.layers]
         old, scalars = kept.of(bucket)
-        if curvature.statistics:
-            new = {name: bucket.stacked(tree.leaves, name) for name in old}
-            scales = bucket.scales(tree.leaves, new)
-            used = scales.used
-        else:
+        if scale is None:
             observed = [curvature.observe(gradient) for gradient in gradients]
-            scales, new = None, {name: stack([each[name] for each in observed]) for name in old}
-            used = jnp.ones_like(scalars.started, bool)
-        new = update_moving_average(new, old, scalars.started, scales, decay)
-        parts.append(Part(bucket, gradients, old, new, used, scalars))
+            of_step = {name: stack([each[name] for each in observed]) for name in old}
+        used = jnp.ones_like(scalars.started, bool) if scale is None else scale.used
+        averages = update_moving_average(of_step, old, scalars.started, scale, decay)
+        parts.append(Part(bucket, gradients, old, averages, used, scalars))
     return Step(tree, parts, kept)
+
+
+def _statistics(
+    caller: str, curvature: Curvature, buckets: Sequence[Bucket], tree: Tree
+) -> tuple[list[Vectors], list[Scales | None]]:
+    """What the probes of each bucket received, and what it has to be multiplied by; nothing without a tap."""
+    found = [{name: bucket.stacked(tree.leaves, name) for name in curvature.statistics} for bucket in buckets]
+    if not curvature.statistics:
+        return found, [None for _ in buckets]
+    scales = [bucket.scales(tree.leaves, vectors) for bucket, vectors in zip(buckets, found, strict=True)]
+    spoiled = are_centralized(caller, [vectors["a"] for vectors in found], [scale.used for scale in scales])
+    if spoiled is None:
+        return found, list(scales)
+    return found, [scale._replace(mean=jnp.where(spoiled, jnp.nan, scale.mean)) for scale in scales]
 
 
 class _Read(NamedTuple):

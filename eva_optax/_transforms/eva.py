@@ -43,15 +43,20 @@ def scale_by_eva(
 
     Put it first in a chain, before any optimizer: ``optax.chain(scale_by_eva(), optax.sgd(0.1, momentum=0.9))``. Before
     it only operations that are linear in the whole gradient keep the meaning of the vectors, such as clipping by the
-    global norm. What Adam, Lion, a sign or noise leave of them is recognised by their counters and not used; RMSprop
-    and Adagrad, whose eps stands under the root, are not recognised.
+    global norm. What an optimizer, a sign or noise leave of them is recognised by their counters and not used: a
+    learning rate by its sign, Adam's kin by their eps. The bare `scale_by_rms`, `scale_by_stddev`, `scale_by_rss` and
+    `scale_by_adadelta`, without a rate, are not: what no norm sees is so small that x/√(x² + eps) is linear there; and
+    `scale_by_radam` is an average until its sixth step.
     Parameters that are not tapped keep their gradient and do not enter ν; updates of probes are zero. A layer whose
     vectors are not finite keeps its averages and its gradient for that step, and `skipped` counts it. A layer whose
     gradient is not finite, or that was not used, passes its gradient on.
 
-    Vectors that are nothing but rounding noise arrive here as exact zeros (the tap compares the norm of each sum with
-    the rounding error of its terms): where the summed cotangent cancels, as in a layer before BatchNorm, P is G
-    (G/γ with absolute damping).
+    Vectors that are nothing but rounding noise count as zeros: where the summed cotangent cancels, as in a layer before
+    BatchNorm, also one that is synchronised over devices, P is G (G/γ with absolute damping). The norm of each sum is
+    compared with a bound on the rounding error of its terms, which are n for each output. In units of the root of their
+    summed squares it is (2 + √n/8) ε of their dtype and 16 √n ε of float32, at most 1/4, and parts from several devices
+    or calls add up. That costs genuine vectors below it: in float32 a ratio of 0.0005 at 65,536 rows and 0.002 at a
+    million, in bfloat16 one of 0.08 at 4,096 and 0.14 at 16,384.
 
     Args:
       damping: γ, or with `relative` its ratio to ‖a‖²‖b‖²; > 0. Number or scalar array.

@@ -44,8 +44,9 @@ def scale_by_eva_s(
 
     Returns:
       An `optax.GradientTransformation` with state `ScaleByEvaState`, whose vectors are an array in the place of each
-      parameter: v₁ … v_k are its rows, zeros behind the shorter ones. Averages are float32 (float64 beside float64 parameters); updates have the gradients'
-      shapes and dtypes. A gradient that is not finite is passed on, is not averaged, and is counted in `skipped`.
+      parameter: v₁ … v_k are its rows, zeros behind the shorter ones. Averages are float32 (float64 beside float64
+      parameters); updates have the gradients' shapes and dtypes. A gradient that is not finite is passed on, is not
+      averaged, and is counted in `skipped`.
 
     Raises:
       ValueError: for an option out of its range; at update, if the state is no `ScaleByEvaState`.

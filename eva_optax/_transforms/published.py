@@ -27,7 +27,8 @@ def eva(
 
     with P of `scale_by_eva(relative=False)` and ν of its "kl_clip". While the clip is active the length of a step is
     set by `kl_clip` and not by the learning rate. `optax.chain(scale_by_eva(), optax.sgd(...))` is the scale-free
-    variant that needs no clip.
+    variant that needs no clip. There is one ν for the whole tree: members of an ensemble that are stacked in it share
+    it, and `jax.vmap` of `init` and `update` over them gives each its own.
 
     Args:
       learning_rate: η, a number or a schedule.

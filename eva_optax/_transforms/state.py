@@ -217,7 +217,7 @@ class Kept(NamedTuple):
         skipped = self.skipped
         for bucket, averages, scalars, skips, _, _ in ends:
             layout = bucket.layout
-            shapes = {"a": layout.a, "b": layout.b}
+            shapes: dict[str, Shape] = {"a": layout.a, "b": layout.b}
             averages = {_PACKED: pack(averages)} if bucket.members[0] in self.packed else averages
             for name, average in averages.items():
                 for index, part in zip(bucket.members, unstack(average), strict=True):

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import eva_optax
-from tests.helpers import random_like
+from tests.helpers import assert_close, random_like
 
 KEY = jax.random.key(0)
 
@@ -155,6 +158,95 @@ def test_genuine_vectors_are_not_taken_for_noise(batch: int, dtype: Any) -> None
             assert np.all(np.isfinite(a))
             assert np.any(a)
             assert np.any(b)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "surplus", "kept"),
+    [(SINGLE, 65536, 2, True), (SINGLE, 65536, 0, False), (HALF, 4096, 7, True), (HALF, 16384, 12, False)],
+    ids=["float32", "float32, noise", "bfloat16", "bfloat16, taken for noise"],
+)
+def test_what_a_sum_must_be_to_be_kept(dtype: Any, rows: int, surplus: int, kept: bool) -> None:
+    """Signs, of which so many more are positive: the ratio to the root of their squares is 0.008, 0, 0.11 and 0.094."""
+    signs = jnp.where(jnp.arange(rows) < (rows + surplus) // 2, 1, -1).astype(dtype)[:, None]
+    model = eva_optax.tap(nn.Dense(1, dtype=dtype))
+    params = model.init(KEY, jnp.ones((1, 2)))["params"]
+    grads = jax.grad(lambda p: (model.apply({"params": p}, jnp.ones((rows, 2), dtype)) * signs).sum())(params)
+    assert bool(np.any(eva_optax.vectors(grads)[""].b)) == kept
+
+
+class Synchronised(nn.Module):
+    """A layer before, and one after, BatchNorm over all devices: terms cancel only across them."""
+
+    axis: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        norm = {"use_running_average": False, "axis_name": self.axis}
+        x = nn.BatchNorm(use_scale=False, use_bias=False, **norm, name="norm")(nn.Dense(8, name="before")(x))
+        return nn.Dense(3, name="last")(nn.relu(nn.Dense(6, use_bias=False, name="after")(x)))
+
+
+class SynchronisedNNX(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self, axis: str | None) -> None:
+        rngs = nnx.Rngs(0)
+        self.before, self.last = nnx.Linear(5, 8, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+        self.after = nnx.Linear(8, 6, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, use_scale=False, use_bias=False, axis_name=axis, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.last(nnx.relu(self.after(self.norm(self.before(x)))))
+
+
+def synchronised(kind: str, axis: str | None) -> tuple[Any, Any]:
+    """A loss of parameters and a batch, and the parameters."""
+    if kind == "NNX":
+        graphdef, params, rest = nnx.split(eva_optax.tap(SynchronisedNNX(axis)), nnx.Param, ...)
+
+        def nnx_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+            copied = jax.tree.map(lambda leaf: leaf, rest)  # variables of this trace
+            return jnp.mean((nnx.merge(graphdef, params, copied)(x) - y) ** 2)
+
+        return nnx_loss, params
+    model = eva_optax.tap(Synchronised(axis))
+    variables = eva_optax.tap(Synchronised(None)).init(KEY, jnp.ones((2, 5)))
+
+    def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.mean((model.apply({**variables, "params": params}, x, mutable=["batch_stats"])[0] - y) ** 2)
+
+    return loss, variables["params"]
+
+
+@pytest.mark.parametrize(("kind", "how"), [("Linen", "shard_map"), ("Linen", "pmap, summed"), ("NNX", "shard_map")])
+def test_terms_that_cancel_across_devices_alone_are_noise_too(kind: str, how: str) -> None:
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(0.3, 1, (64, size)), jnp.float32) for size in (5, 3))
+    (single, params), (loss, _) = synchronised(kind, None), synchronised(kind, "data")
+
+    def gradient(params: Any, x: jax.Array, y: jax.Array) -> Any:
+        if how == "shard_map":
+            params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "data", to="varying"), params)
+            return jax.lax.pmean(jax.grad(loss)(params, x, y), "data")
+        return jax.lax.psum(jax.grad(lambda params: loss(params, x, y) / 4)(params), "data")
+
+    if how == "shard_map":
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+        specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+        grads = jax.jit(jax.shard_map(gradient, mesh=mesh, **specs))(params, x, y)
+    else:
+        parts = (part.reshape(4, 16, -1) for part in (x, y))
+        grads = jax.tree.map(lambda leaf: leaf[0], jax.pmap(gradient, "data", in_axes=(None, 0, 0))(params, *parts))
+    found = eva_optax.vectors(grads)
+    assert {name: (bool(np.any(a)), bool(np.any(b))) for name, (a, b) in found.items()} == {
+        "before": (True, False),
+        "after": (False, True),
+        "last": (True, True),
+    }
+    update = jax.jit(lambda grads: eva_optax.scale_by_eva().update(grads, eva_optax.scale_by_eva().init(params))[0])
+    alone = jax.jit(jax.grad(single))(params, x, y)
+    assert_close(update(grads), update(alone))
+    assert_close(found, eva_optax.vectors(alone))
 
 
 def test_vectors_that_cancel_in_part_are_left_as_they_are() -> None:

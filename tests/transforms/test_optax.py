@@ -222,22 +222,46 @@ SPOILERS = {
     "lion": optax.lion(1e-3),
     "sign": optax.sign_sgd(1e-3),
     "noise": optax.add_noise(0.1, 0.5, 0),
+    "scale_by_belief": optax.scale_by_belief(),
+    "large eps": optax.scale_by_adam(eps=1e-6),
+    # A negative count of calls says that a learning rate was applied.
+    "adadelta": optax.adadelta(1.0),
+    "stddev": optax.rmsprop(1e-3, centered=True),
+    "rmsprop": optax.rmsprop(1e-3),
+    "adagrad": optax.adagrad(1e-3),
+    "radam": optax.radam(1e-3),  # whose first five steps are averages
+    "adopt": optax.contrib.adopt(1e-3),
 }
 
 
 @pytest.mark.parametrize("name", SPOILERS)
 def test_eva_after_a_transformation_of_single_entries_is_refused(name, params):
-    tx = optax.chain(SPOILERS[name], eva_optax.scale_by_eva())
+    spoiler = SPOILERS[name]
+    if name == "adopt":  # whose first step is zero
+        started = spoiler.update(gradient(params), spoiler.init(params), params)[1]
+        spoiler = optax.GradientTransformation(lambda params: started, spoiler.update)
+    tx = optax.chain(spoiler, eva_optax.scale_by_eva())
     grads, state = gradient(params), tx.init(params)
     # Compiled, values are not known when the step is traced: the layers are skipped, and counted.
     spoiled, state = jax.jit(tx.update)(grads, state, params)
     assert optax.tree.get(state, "skipped") == 2
-    wanted, _ = jax.jit(SPOILERS[name].update)(grads, SPOILERS[name].init(params), params)
+    wanted, _ = jax.jit(spoiler.update)(grads, spoiler.init(params), params)
     assert_close(eva_optax.strip(spoiled), eva_optax.strip(wanted))
     with pytest.raises(ValueError, match=r"not the gradient of a probe.*Put Eva first: optax\."):
         tx.update(grads, tx.init(params), params)
     _, state = jax.jit(MEMBERS["eva"].update)(wanted, MEMBERS["eva"].init(params), params)
     assert optax.tree.get(state, "skipped") == 2
+
+
+@pytest.mark.parametrize("name", ["scale_by_eva", "eva_adamw"])
+def test_eva_after_centralized_gradients_is_refused(name, params):
+    grads, _ = optax.centralize().update(gradient(params), optax.EmptyState())
+    _, state = MEMBERS[name].update(grads, MEMBERS[name].init(params), params)
+    assert optax.tree.get(state, "skipped") == 2
+    with pytest.raises(ValueError, match=r"centred, as optax\.centralize.*Put Eva first"):
+        FAMILY[name]().update(grads, MEMBERS[name].init(params), params)
+    _, state = MEMBERS[name].update(gradient(params), MEMBERS[name].init(params), params)
+    assert optax.tree.get(state, "skipped") == 0
 
 
 def test_half_precision_probes_are_told_apart_from_signs(params):

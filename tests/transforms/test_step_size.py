@@ -7,9 +7,20 @@ import pytest
 
 import eva_optax
 from tests.dense import dense_case, gradients, two_layers
-from tests.helpers import first_update
+from tests.helpers import assert_close, first_update
 
 RULES = ["none", "kl_clip", "kl_norm", "grad_norm", "layer_grad_norm"]
+
+
+def test_stacked_members_have_each_its_own_factor_under_vmap():
+    tx = eva_optax.scale_by_eva(step_rule="kl_norm")
+    members = [dense_case(seed, 1.0 + seed) for seed in range(2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    updates, state = jax.jit(jax.vmap(lambda grads: tx.update(grads, tx.init(grads))))(stacked)
+    for index, member in enumerate(members):
+        wanted, alone = first_update(tx, member)
+        assert_close(jax.tree.map(lambda leaf: leaf[index], updates), wanted)  # noqa: B023
+        np.testing.assert_allclose(state.nu[index], alone.nu, rtol=1e-6)
 
 
 def test_kl_clip_follows_the_schedule():

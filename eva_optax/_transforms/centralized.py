@@ -1,0 +1,41 @@
+"""Mean inputs that `optax.centralize` was applied to: it takes the mean over all axes but the first out of each leaf.
+
+A dense layer's mean input has one entry there, and becomes zero: nothing would be left of Eva, without a sign.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+
+# Of a sum to what was summed, squared: far above rounding, far below what vectors have.
+_CENTRED = 1e-9
+
+
+def are_centralized(caller: str, mean_inputs: Sequence[Array], used: Sequence[Array]) -> Array | None:
+    """Whether the rows of all mean inputs sum to zero; None for a single layer, where that may be so by chance.
+
+    Args:
+      caller: for the message.
+      mean_inputs: stacked along a new first axis, in one array or several.
+      used: which of the layers were used in this step.
+
+    Raises:
+      ValueError: if it is so, and the values are known (not under `jit`).
+    """
+    if sum(map(len, mean_inputs)) < 2:
+        return None
+    found = jnp.zeros((), bool)
+    for each in used:
+        found = found | each.any()
+    for a in mean_inputs:
+        rows = jnp.sum(a, range(2, a.ndim))
+        squares = jnp.sum(jnp.square(a))
+        found = found & (jnp.sum(jnp.square(rows)) <= _CENTRED * squares) & jnp.isfinite(squares)
+    if not isinstance(found, Tracer) and found.is_fully_addressable and bool(found):
+        raise ValueError(
+            f"eva_optax.{caller}: the mean inputs of all layers are centred, as optax.centralize leaves them: nothing is "
+            "left of a dense layer's. Put Eva first: optax.chain(eva_optax.scale_by_eva(), optax.centralize(), ...)."
+        )
+    return found
