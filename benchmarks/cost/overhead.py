@@ -68,12 +68,12 @@ def _inner(params: Any) -> Iterator[core.Jaxpr]:
 def tapped_layers(params: Any) -> tuple[int, int]:
     """How many probes there are, one for a stack of layers, and how many layers in all.
 
-    The counter of a probe, called n, holds two numbers for each layer of its stack.
+    The counter of a probe, called n, holds four numbers for each layer of its stack.
     """
     own, sizes = flat(eva_optax.strip(params)), {}
     for path, leaf in flat(params).items():
         if path not in own and path[-1] == "n":
-            sizes[path[:-1]] = leaf.size // 2
+            sizes[path[:-1]] = leaf.size // 4
     return len(sizes), sum(sizes.values())
 
 

@@ -35,7 +35,7 @@ def are_centralized(caller: str, mean_inputs: Sequence[Array], used: Sequence[Ar
         found = found & (jnp.sum(jnp.square(rows)) <= _CENTRED * squares) & jnp.isfinite(squares)
     if not isinstance(found, Tracer) and found.is_fully_addressable and bool(found):
         raise ValueError(
-            f"eva_optax.{caller}: the mean inputs of all layers are centred, as optax.centralize leaves them: nothing is "
-            "left of a dense layer's. Put Eva first: optax.chain(eva_optax.scale_by_eva(), optax.centralize(), ...)."
+            f"eva_optax.{caller}: the mean inputs of all layers are centred, as optax.centralize leaves them: nothing "
+            "is left of a dense layer's. Put Eva first: optax.chain(eva_optax.scale_by_eva(), optax.centralize(), ...)."
         )
     return found
