@@ -224,7 +224,7 @@ def test_probes_of_bfloat16_parameters_are_float32() -> None:
     assert_same_vectors(found, vectors_of(model, wide), 3e-2)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 4e-2), (jnp.float16, 5e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 8e-2), (jnp.float16, 5e-3)])
 def test_a_loss_that_casts_all_parameters_to_half_precision_keeps_the_vectors(dtype: Any, tolerance: float) -> None:
     params, model = make_params(MLP), eva_optax.tap(MLP)
 
