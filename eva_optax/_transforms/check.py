@@ -91,7 +91,8 @@ def _never_averaged(state: ScaleByEvaState | ConjugateState) -> Iterator[str]:
     tree = take_apart(state.vectors)
     layers: dict[Path, dict[str, Any]] = {}
     for path, leaf in tree.items():
-        layers.setdefault(path[:-1], {})[path[-1]] = leaf
+        place, name = (path[:-1], path[-1]) if is_probe(path) else (path, "means")
+        layers.setdefault(place, {})[name] = leaf
     names = layer_names(path for path in layers if is_probe(path))
     (scalars,) = jax.device_get(jax.tree.leaves(state.scalars))
     plain = iter(np.moveaxis(scalars, -1, 0)[: scalars.shape[-1] // 2])

@@ -27,8 +27,8 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        column, row = (self.param(name, nn.initializers.normal(), shape) for name, shape in SHAPES.items())
-        return nn.Dense(2, bias_init=nn.initializers.normal())(x) @ column * row
+        column, row = (self.param(name, nn.initializers.normal(1.0), shape) for name, shape in SHAPES.items())
+        return nn.Dense(2, bias_init=nn.initializers.normal(1.0))(x) @ column * row
 
 
 SHAPES = {"column": (2, 1), "row": (1, 2)}
