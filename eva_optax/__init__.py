@@ -8,6 +8,7 @@ from eva_optax._flax.functions import coverage, tap, tapping
 from eva_optax._flax.raw_convolutions import tap_conv
 from eva_optax._flax.raw_parameters import tap_einsum, tap_ragged_dot
 from eva_optax._flax.registry import Registration, register
+from eva_optax._probes.sketches import Sketch, sketches
 from eva_optax._probes.vectors import KroneckerVectors, vectors
 from eva_optax._transforms.aliases import eva_adamw, eva_muon
 from eva_optax._transforms.check import check
@@ -17,7 +18,7 @@ from eva_optax._transforms.eva import scale_by_eva
 from eva_optax._transforms.eva_f import scale_by_eva_f
 from eva_optax._transforms.eva_s import scale_by_eva_s
 from eva_optax._transforms.published import eva, eva_f, eva_s
-from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState
+from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, SketchState
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,8 @@ __all__ = [
     "KroneckerVectors",
     "Registration",
     "ScaleByEvaState",
+    "Sketch",
+    "SketchState",
     "attach",
     "center",
     "check",
@@ -43,6 +46,7 @@ __all__ = [
     "scale_by_eva",
     "scale_by_eva_f",
     "scale_by_eva_s",
+    "sketches",
     "strip",
     "tap",
     "tap_conv",

@@ -224,6 +224,47 @@ def test_updates_of_the_family_equal_one_device_and_keep_shardings(member, kind,
     assert max(moved.get("all-gather", [0])) <= LARGEST_VECTOR
 
 
+class Wide(nn.Module):
+    """Kernels that are large beside their sketches: of two of one size the partitioner moves either."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(128, name="up")(nn.Conv(64, (3,), name="conv")(x))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_updates_by_sketches_equal_one_device_and_move_no_kernel(kind):
+    tx, model = eva_optax.conjugate(optax.trace(0.9)), eva_optax.tap(Wide(), rank=2)
+    x = np.repeat(batch()[0], 8, -1)
+    params = model.init(jax.random.key(0), x)["params"]
+    grads = jax.jit(jax.grad(lambda params: jnp.sin(model.apply({"params": params}, x)).mean()))(params)
+    wanted, wanted_state = jax.jit(tx.update)(grads, tx.init(params), params)
+    mesh = make_mesh(kind)
+    kernels, biases = {"conv": P(None, "fsdp", "model"), "up": P("fsdp", "model")}, {"up": P("model")}
+    with jax.set_mesh(mesh):
+        placed, spread = (jax.device_put(tree, shardings(tree, mesh, kernels, biases)) for tree in (params, grads))
+        state = jax.jit(tx.init)(placed)
+        update = jax.jit(tx.update)
+        updates, state = update(spread, state, placed)
+        moved = collectives(update.lower(spread, state, placed).compile())
+    assert_close((updates, state.vectors), (wanted, wanted_state.vectors), 1e-5)
+    assert_shardings_kept(updates, placed)
+    rows = 3 * 64 * 3  # of the largest layer with one vector more for the bias
+    assert max(moved.get("all-gather", [0])) <= rows
+    assert max(moved["all-reduce"]) < 64 * 128 / 4
+
+
+def test_sketches_of_a_sharded_batch_join_the_all_reduce_of_the_gradients():
+    mesh, model = make_mesh(), eva_optax.tap(Network(), rank=2)
+    params = model.init(jax.random.key(0), batch()[0])["params"]
+    placed, data = place(params, mesh, LAYOUTS["data parallel"])
+    gradient = jax.jit(jax.grad(partial(loss, model=model)), out_shardings=NamedSharding(mesh, P()))
+    moved = collectives(gradient.lower(placed, *data).compile())
+    assert set(moved) == {"all-reduce"}
+    wanted = jax.jit(jax.grad(partial(loss, model=model)))(params, *batch())
+    assert_close(gradient(placed, *data), wanted)
+
+
 RULES = (("batch", ("data", "fsdp")), ("embed", "fsdp"), ("mlp", "model"))
 
 

@@ -19,12 +19,14 @@ class Optimizer:
     Attributes:
       baseline: the name of the one that it is compared with, its own for a baseline.
       tapped: whether it needs a tapped model. The baselines do without, so that they pay for nothing.
+      rank: of the sketches that the tap collects; None for none.
     """
 
     name: str
     baseline: str
     build: Build
     tapped: bool = True
+    rank: int | None = None
 
 
 def muon_dimensions(params: Any) -> Any:

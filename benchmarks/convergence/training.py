@@ -53,7 +53,7 @@ def schedule(rate: Array, steps: Array) -> optax.Schedule:
 @cache
 def train_step(model: Any, loss: Callable[[Array, Array], Array], optimizer: Optimizer) -> Callable[..., Any]:
     """A jitted step from (parameters, state, statistics): one compilation for all rates, seeds and horizons."""
-    model = eva_optax.tap(model) if optimizer.tapped else model
+    model = eva_optax.tap(model, rank=optimizer.rank) if optimizer.tapped else model
 
     @partial(jax.jit, donate_argnums=0)
     def step(carry: Any, rate: Array, steps: Array, inputs: Array, targets: Array) -> Any:
@@ -69,8 +69,8 @@ def evaluation(model: Any, loss: Callable[[Array, Array], Array]) -> Callable[..
 
 
 @cache
-def _initialization(model: nn.Module) -> Callable[..., Any]:
-    return jax.jit(eva_optax.tap(model).init)
+def _initialization(model: nn.Module, rank: int | None) -> Callable[..., Any]:
+    return jax.jit(eva_optax.tap(model, rank=rank).init)
 
 
 def forget_programs() -> None:
@@ -82,7 +82,7 @@ def forget_programs() -> None:
 
 def start(task: Task, optimizer: Optimizer, seed: int) -> Any:
     """Parameters, state and statistics. The parameters are the same with and without probes."""
-    variables = dict(_initialization(task.model)(jax.random.key(seed), task.load().train.inputs[:1]))
+    variables = dict(_initialization(task.model, optimizer.rank)(jax.random.key(seed), task.load().train.inputs[:1]))
     params = variables.pop("params")
     params = params if optimizer.tapped else eva_optax.strip(params)
     return params, optimizer.build(schedule(jnp.ones(()), jnp.ones(()))).init(params), variables

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from eva_optax._probes.layers import Layer
 from eva_optax._probes.layout import Layout
 from eva_optax._probes.probe import Shape
 
@@ -91,7 +92,7 @@ class Curvature(Protocol):
         """The statistics of the tap that it needs averages of; () if it makes its own from the gradient."""
         ...
 
-    def averages(self, layout: Layout) -> dict[str, Shape]:
+    def averages(self, layer: Layer) -> dict[str, Shape]:
         """The shapes of what is averaged for a layer, by name."""
         ...
 
@@ -119,10 +120,9 @@ class Tapped:
 
     statistics: tuple[str, ...] = ()
 
-    def averages(self, layout: Layout) -> dict[str, Shape]:
+    def averages(self, layer: Layer) -> dict[str, Shape]:
         """Those of the statistics."""
-        shapes = {"a": layout.a, "b": layout.b}
-        return {name: shapes[name] for name in self.statistics}
+        return {name: layer.shapes[name] for name in self.statistics}
 
     def observe(self, gradient: Gradient) -> dict[str, Array]:
         """Nothing: the tap does."""

@@ -13,6 +13,7 @@ from jax import Array
 
 from eva_optax._curvature.curvature import Averages, Damping, Gradient, Solution, Sums, cosine, safe_divide
 from eva_optax._probes.fusion import materialize
+from eva_optax._probes.layers import Layer
 from eva_optax._probes.layout import Layout
 from eva_optax._probes.probe import Shape
 from eva_optax._probes.stacking import stack, unstack
@@ -25,9 +26,9 @@ class GradientMeans:
 
     statistics: tuple[str, ...] = ()
 
-    def averages(self, layout: Layout) -> dict[str, Shape]:
+    def averages(self, layer: Layer) -> dict[str, Shape]:
         """The means, in the tensor's rank."""
-        shape = layout.kernel
+        shape = layer.layout.kernel
         return {
             str(kept): tuple(size if axis == kept else 1 for axis, size in enumerate(shape))
             for kept in range(len(shape))

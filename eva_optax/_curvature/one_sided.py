@@ -15,15 +15,23 @@ from jax import Array
 from eva_optax._curvature.curvature import Averages, Damping, Gradient, Solution, Sums, Tapped, cosine, safe_divide
 from eva_optax._curvature.sums import paired_sums, stack_biases, write_columns
 from eva_optax._probes.fusion import materialize
+from eva_optax._probes.layers import Layer
 from eva_optax._probes.layout import Layout
+from eva_optax._probes.probe import SKETCH, Shape
 
 
 @dataclass(frozen=True)
 class OneSided(Tapped):
-    """The mean input of each layer; `whitening` chooses R instead of the inverse."""
+    """The mean input of each layer; `whitening` chooses R instead of the inverse, `sketches` averages them too."""
 
     whitening: bool = False
     statistics: tuple[str, ...] = ("a",)
+    sketches: bool = False
+
+    def averages(self, layer: Layer) -> dict[str, Shape]:
+        """The mean input, and what is collected of the second moment where it is looked at."""
+        names = [*self.statistics, *(name for name in SKETCH if self.sketches and name in layer.shapes)]
+        return {name: layer.shapes[name] for name in names}
 
     def read(self, layout: Layout, gradients: Sequence[Gradient], averages: Averages) -> tuple[Sums, Array]:
         """‖uᵀG‖² with u = (a, 1)/‖(a, 1)‖, ⟨G, G⟩ and ‖(a, 1)‖²; and (a, 1)ᵀG, whose own square overflows first."""

@@ -110,6 +110,7 @@ def _attach_nnx(
     *args: Any,
     embeddings: bool = False,
     statistics: Sequence[str] = VECTORS,
+    rank: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """`attach` for the state of an NNX model."""
@@ -118,8 +119,8 @@ def _attach_nnx(
     from eva_optax._flax.nnx import tap_module
 
     tapped = nnx.clone(model)
-    if args or kwargs or embeddings or not has_probes(nnx.state(model)):
-        tap_module("attach", tapped, embeddings, check_statistics("attach", statistics), args, kwargs)
+    if args or kwargs or embeddings or rank is not None or not has_probes(nnx.state(model)):
+        tap_module("attach", tapped, embeddings, check_statistics("attach", statistics, rank), args, kwargs)
     state: Any = nnx.state(tapped)
     if isinstance(params, nnx.State):
         probes = {path: leaf for path, leaf in nnx.to_flat_state(state) if KRONECKER in path}

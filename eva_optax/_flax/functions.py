@@ -17,6 +17,7 @@ def tap(
     embeddings: bool = False,
     statistics: Sequence[str] = VECTORS,
     partial: bool = False,
+    rank: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Returns an object to use in the place of `model`, whose gradients carry the Kronecker vectors.
@@ -36,6 +37,9 @@ def tap(
       statistics: what the probes collect: ("a", "b"), or ("a",) for optimizers that need the mean input alone
         (`scale_by_eva_f`, `conjugate`, `center`, `eva_adamw`, `eva_muon`), which saves the sum of the cotangents.
         Layers with batch axes of their own collect both.
+      rank: also collect a sketch of the second moment of each layer's input, of so many vectors (16, say), and its
+        trace: `conjugate`, `eva_adamw` and `eva_muon` then whiten so many directions, see `sketches`; 0 for the trace
+        alone, which tells them how to damp their one direction. A layer of fewer inputs collects its full moment.
       partial: for a Linen model: whether some of its layers may stay without a probe while others have one, as those of
         a frozen part whose parameters were loaded. In NNX tap the parts that are to be tapped.
       **kwargs: likewise.
@@ -47,9 +51,9 @@ def tap(
 
     Raises:
       TypeError: if `model` is no Flax module, or a Linen module is given a call's arguments.
-      ValueError: for unknown statistics; if the model has no layer that can be tapped, for a Linen model from `init`;
-        if something in it is called "kronecker"; if an NNX model lacks the example input. From `apply`, also under
-        `jit`, if some layers have no probe while others have one, unless `partial`.
+      ValueError: for unknown statistics or a negative rank; if the model has no layer that can be tapped, for a Linen
+        model from `init`; if something in it is called "kronecker"; if an NNX model lacks the example input.
+        From `apply`, also under `jit`, if some layers have no probe while others have one, unless `partial`.
 
     Every derivative of a tapped model is that of `model`: forward and reverse mode, of any order, inside the loss too.
 
@@ -66,7 +70,7 @@ def tap(
       >>> sorted(nnx.state(model, nnx.Param))
       ['bias', 'kernel', 'kronecker']
     """
-    collected = check_statistics("tap", statistics)
+    collected = check_statistics("tap", statistics, rank)
     if is_nnx_module(model):
         from eva_optax._flax.nnx import tap_module
 
@@ -101,7 +105,11 @@ def is_nnx_module(value: Any) -> bool:
 
 
 def tapping(
-    *, embeddings: bool = False, statistics: Sequence[str] = VECTORS, partial: bool = False
+    *,
+    embeddings: bool = False,
+    statistics: Sequence[str] = VECTORS,
+    rank: int | None = None,
+    partial: bool = False,
 ) -> AbstractContextManager[Any]:
     """A context manager in which every Linen `init` and `apply` is tapped, for code that calls them itself.
 
@@ -112,6 +120,7 @@ def tapping(
     Args:
       embeddings: as for `tap`.
       statistics: as for `tap`.
+      rank: as for `tap`.
       partial: as for `tap`.
 
     Returns:
@@ -133,7 +142,8 @@ def tapping(
     """
     from eva_optax._flax.linen import linen_tapping
 
-    return linen_tapping(embeddings, check_statistics("tapping", statistics), partial=partial, caller="tapping")
+    collected = check_statistics("tapping", statistics, rank)
+    return linen_tapping(embeddings, collected, partial=partial, caller="tapping")
 
 
 def coverage(model: Any, *args: Any, verify: bool = False, **kwargs: Any) -> "Coverage":

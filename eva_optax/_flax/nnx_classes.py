@@ -14,7 +14,7 @@ from flax import nnx
 
 from eva_optax._flax.linen import linen_tapping
 from eva_optax._flax.nnx_layers import AnyKind, kind_of
-from eva_optax._probes.probe import STATISTICS, VECTORS
+from eva_optax._probes.probe import VECTORS
 
 _PREFIX = "Tapped:"
 
@@ -95,7 +95,7 @@ def find_class(name: str) -> type:
     for part in qualname.split("."):
         cls = getattr(cls, part)
     chosen = options.split(",")
-    return swapped_class(cls, "embeddings" in chosen, tuple(option for option in chosen if option in STATISTICS))
+    return swapped_class(cls, "embeddings" in chosen, tuple(option for option in chosen if option != "embeddings"))
 
 
 def swapped_class(cls: type, embeddings: bool, statistics: tuple[str, ...]) -> type:

@@ -31,6 +31,7 @@ from eva_optax._probes.probe import (
     COUNTER,
     KRONECKER,
     STATISTICS,
+    VECTORS,
     KernelShapes,
     Probe,
     accumulator,
@@ -144,7 +145,7 @@ def tap_parameters(layer: Any, plan: Tap, x: Array, y: Array) -> Array:
     probe = module_probe(layer, plan.linear_map, plan.kernel, bias)
     if probe is None:
         return y
-    wanted = {name: STATISTICS[name].shape(plan.linear_map) for name in STATISTICS if name in probe}
+    wanted = {name: STATISTICS[name].shape(plan.linear_map, 0) for name in VECTORS if name in probe}
     given = {name: probe[name].shape for name in wanted}
     if wanted != given:
         raise ValueError(

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from eva_optax._probes.probe import LinearMap, Shape
-from eva_optax._statistics.convolution import Convolution, LocalConvolution, TransposedConvolution
+from eva_optax._statistics.convolution import Convolution
 from eva_optax._statistics.einsum import Contraction, Lookup
 from eva_optax._statistics.equation import parse_equation
+from eva_optax._statistics.local_convolution import LocalConvolution
+from eva_optax._statistics.transposed_convolution import TransposedConvolution
 
 EMBEDDING_OFF = "embedding: off by default, pass embeddings=True"
 MASKED = "masked kernel"

@@ -73,6 +73,7 @@ class Layer(NamedTuple):
       bias: the place of the bias; None without one.
       probe: the places of the probe's leaves, by name.
       layout: how they lie against each other.
+      shapes: of the probe's leaves, by name.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Layer(NamedTuple):
     bias: int | None
     probe: dict[str, int]
     layout: Layout
+    shapes: dict[str, Shape]
 
     def gradient(self, leaves: Sequence[Any]) -> tuple[Array, Array | None]:
         """Kernel and bias of the layer among `leaves`, along the kernel's axes, groups split, at least float32."""
@@ -149,5 +151,6 @@ def find_layers(paths: tuple[Path, ...], shapes: tuple[Shape, ...]) -> tuple[Lay
             b=shapes[probe["b"]] if "b" in probe else None,
             counter=shapes[probe[COUNTER]],
         )
-        layers.append(Layer(name, path, places[path], bias, probe, layout))
+        held = {leaf: shapes[place] for leaf, place in probe.items()}
+        layers.append(Layer(name, path, places[path], bias, probe, layout, held))
     return tuple(layers)

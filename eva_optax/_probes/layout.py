@@ -83,7 +83,7 @@ class Layout(NamedTuple):
 
     def split_groups(self, array: Array) -> Array:
         """Kernel, a or b with each grouped axis split in two; anything else as it is."""
-        return array.reshape(self._split_shape(array.shape)) if self.is_grouped else array
+        return array.reshape(self.split_shape(array.shape)) if self.is_grouped else array
 
     def merge_groups(self, array: Array, shape: Shape) -> Array:
         """Undoes `split_groups`."""
@@ -96,7 +96,7 @@ class Layout(NamedTuple):
         An axis that is 1 in both counts as input if an output axis follows, so that the window of a 1×1 convolution
         does: XLA's CPU backend is a hundred times slower at sums over an inner axis alone.
         """
-        a, b = self._split_shape(self.a), self._split_shape(self.b)
+        a, b = self.split_shape(self.a), self.split_shape(self.b)
         last = max((axis for axis, (i, o) in enumerate(zip(a, b, strict=True)) if i == 1 < o), default=-1)
         inputs = tuple(axis for axis, (i, o) in enumerate(zip(a, b, strict=True)) if o == 1 and (i > 1 or axis < last))
         outputs = tuple(axis for axis, i in enumerate(a) if i == 1 and axis not in inputs)
@@ -121,7 +121,7 @@ class Layout(NamedTuple):
         shape = [1] * len(self.kernel)
         for position, axis in self.stacks:
             shape[axis] = self.counter[position]
-        shape = (len(stacked), *self._split_shape(tuple(shape)))
+        shape = (len(stacked), *self.split_shape(tuple(shape)))
         axis = self.numbers + 1
         return [jax.lax.index_in_dim(stacked, index, axis).reshape(shape) for index in range(stacked.shape[axis])]
 
@@ -181,7 +181,8 @@ class Layout(NamedTuple):
     def _grouped(self) -> list[int]:
         return [axis for axis, size in enumerate(self.kernel) if self.a[axis] not in (1, size)]
 
-    def _split_shape(self, shape: Shape) -> Shape:
+    def split_shape(self, shape: Shape) -> Shape:
+        """The shape of kernel, a or b with each grouped axis split in two."""
         split: list[int] = []
         for axis, size in enumerate(shape):
             if axis not in self._grouped:

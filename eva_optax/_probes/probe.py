@@ -4,6 +4,9 @@ Beside a kernel stand, as far as they were asked for, zeros for each *statistic*
 
     a     the kernel's shape, output axes of size 1   <- receives the mean input
     b     the kernel's shape, input axes of size 1    <- receives the summed output cotangent
+    y     the shape of a, its last output axis of size r
+                                                      <- receives a sketch of the input's second moment: XᵀXΩ / rows
+    s     the shape of a, input axes of size 1        <- receives its trace: ‖X‖² / rows
     n     the bias's rank (the kernel's without a bias), its own last axis of size 4
                                                       <- receives 1 per call in the unit of a and b, 1 per call in
                                                          another unit, and the rounding noise of a and of b
@@ -11,6 +14,7 @@ Beside a kernel stand, as far as they were asked for, zeros for each *statistic*
 The values of a probe are never used: only its gradient is.
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -52,6 +56,11 @@ class KernelShapes(Protocol):
         """Shapes of a and of b."""
         ...
 
+    @property
+    def last_output_axis(self) -> int | None:
+        """The kernel's axis that has the vectors of a sketch instead, counted from the end; None without one."""
+        ...
+
 
 class LinearMap(KernelShapes, Protocol):
     """How one kind of layer computes its statistics; hashable, because it is static under `jit`."""
@@ -64,26 +73,58 @@ class LinearMap(KernelShapes, Protocol):
         """b: the cotangent of the layer's output summed over batch and positions, at least float32."""
         ...
 
+    def sketch(self, x: Array, rank: int) -> Array:
+        """y: XᵀXΩ / rows, with the rows of X the inputs of some positions, and Ω of `rank` columns."""
+        ...
+
+    def mean_square(self, x: Array) -> Array:
+        """s: ‖X‖² / rows, over the same rows."""
+        ...
+
 
 class Statistic(NamedTuple):
     """What a probe's leaf receives.
 
     Attributes:
       of_input: whether it is made from the layer's input, else from the cotangent of its output.
-      compute: makes it from a linear map and that array.
-      shape: its shape beside a kernel.
+      compute: makes it from a linear map, that array, and the shape of the leaf.
+      shape: its shape beside a kernel, from the rank of sketches.
     """
 
     of_input: bool
-    compute: Callable[[LinearMap, Array], Array]
-    shape: Callable[[KernelShapes], Shape]
+    compute: Callable[[LinearMap, Array, Shape], Array]
+    shape: Callable[[KernelShapes, int], Shape]
+
+
+def _sketch_of(linear_map: LinearMap, x: Array, shape: Shape) -> Array:
+    axis = linear_map.last_output_axis
+    assert axis is not None
+    return linear_map.sketch(x, shape[axis] // linear_map.probe_shapes[0][axis])
+
+
+def _sketch_shape(shapes: KernelShapes, rank: int) -> Shape:
+    """That of a, with as many vectors for each layer, or each group, as there are to tell apart."""
+    a, b = shapes.probe_shapes
+    axis, columns = shapes.last_output_axis, min(rank, math.prod(i for i, o in zip(a, b, strict=True) if o == 1))
+    assert axis is not None
+    return (*a[:axis], a[axis] * columns, *a[len(a) + axis + 1 :])
+
+
+def _trace_shape(shapes: KernelShapes, rank: int) -> Shape:
+    a, b = shapes.probe_shapes
+    return tuple(1 if o == 1 else i for i, o in zip(a, b, strict=True))
 
 
 STATISTICS = {
-    "a": Statistic(True, lambda linear_map, x: linear_map.mean_input(x), lambda shapes: shapes.probe_shapes[0]),
-    "b": Statistic(False, lambda linear_map, dy: linear_map.sum_cotangent(dy), lambda shapes: shapes.probe_shapes[1]),
+    "a": Statistic(True, lambda linear_map, x, _: linear_map.mean_input(x), lambda shapes, _: shapes.probe_shapes[0]),
+    "b": Statistic(
+        False, lambda linear_map, dy, _: linear_map.sum_cotangent(dy), lambda shapes, _: shapes.probe_shapes[1]
+    ),
+    "y": Statistic(True, _sketch_of, _sketch_shape),
+    "s": Statistic(True, lambda linear_map, x, _: linear_map.mean_square(x), _trace_shape),
 }
-VECTORS = ("a", "b")
+VECTORS, SKETCH = ("a", "b"), ("y", "s")
+_RANK = "rank="  # what is collected is told by names; the rank of sketches is one of them
 
 
 def accumulator(dtype: DTypeLike) -> Any:
@@ -91,25 +132,41 @@ def accumulator(dtype: DTypeLike) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def check_statistics(caller: str, statistics: Sequence[str]) -> tuple[str, ...]:
-    """The names in their order; raises ValueError unless "a" is among them, and all are known."""
-    if isinstance(statistics, str) or "a" not in statistics or not set(statistics) <= set(STATISTICS):
+def check_statistics(caller: str, statistics: Sequence[str], rank: int | None) -> tuple[str, ...]:
+    """The names in their order, and that of the rank.
+
+    Raises:
+      ValueError: unless "a" is among them, and all are vectors; if the rank is negative.
+    """
+    if isinstance(statistics, str) or "a" not in statistics or not set(statistics) <= set(VECTORS):
         raise ValueError(
             f'eva_optax.{caller}: statistics must be ("a", "b") or ("a",), got {statistics!r}. "a" is the mean input, '
             'which every member of the family needs; "b" is the summed cotangent, which scale_by_eva and eva need.'
         )
-    return tuple(name for name in STATISTICS if name in statistics)
+    names = tuple(name for name in VECTORS if name in statistics)
+    if rank is None:
+        return names
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+        raise ValueError(
+            f"eva_optax.{caller}: rank must be an integer, the number of vectors in the sketch of each layer's inputs "
+            f"(16, say; 0 for their mean square alone), or None for no sketch; got {rank!r}."
+        )
+    return (*names, f"{_RANK}{rank}")
 
 
 def probe_shapes(shapes: KernelShapes, statistics: Sequence[str], counter: Shape) -> dict[str, Shape]:
     """The shapes of a probe's leaves; `counter` is all 1 but for the axes that are counted each for itself.
 
-    b is left out only where the axes of the kernel are clear without it: not beside a kernel with batch axes.
+    b is left out only where the axes of the kernel are clear without it: not beside a kernel with batch axes. Layers
+    without an output axis have no sketch.
     """
     a, b = shapes.probe_shapes
     batched = any(i > 1 and o > 1 for i, o in zip(a, b, strict=True))
-    wanted = STATISTICS if batched else statistics
-    return {name: STATISTICS[name].shape(shapes) for name in wanted} | {COUNTER: (*counter[:-1], NUMBERS)}
+    wanted = VECTORS if batched else [name for name in VECTORS if name in statistics]
+    rank = next((int(name.removeprefix(_RANK)) for name in statistics if name.startswith(_RANK)), None)
+    if rank is not None and shapes.last_output_axis is not None:
+        wanted = [*wanted, *(SKETCH if rank else SKETCH[1:])]
+    return {name: STATISTICS[name].shape(shapes, rank or 0) for name in wanted} | {COUNTER: (*counter[:-1], NUMBERS)}
 
 
 def make_probe(shapes: dict[str, Shape], dtype: DTypeLike) -> Probe:

@@ -82,16 +82,16 @@ def _differentiate_tap(primals: Sequence[Any], tangents: Sequence[Any], **params
     share = _share_of_noise(probe[-1].shape[len(levels) :])
 
     def statistics_of_input(x: Array) -> list[Array]:
-        statistics = []
+        statistics, bounds = [], []
         for name, leaf in zip(names, probe, strict=True):
             if name == COUNTER or not STATISTICS[name].of_input:
                 continue
-            value, unit = STATISTICS[name].compute(linear_map, x), unit_of(leaf.dtype)
+            value, unit = STATISTICS[name].compute(linear_map, x, leaf.shape), unit_of(leaf.dtype)
             statistics.append(value * unit)
             # With a bias the homogeneous input (a, 1) is never noise.
-            if not has_bias and jnp.issubdtype(x.dtype, jnp.floating):
-                statistics.append(noise_bound(x, value, unit * share, mean=True))
-        return statistics
+            if name == "a" and not has_bias and jnp.issubdtype(x.dtype, jnp.floating):
+                bounds.append(noise_bound(x, value, unit * share, mean=True))
+        return [*statistics, *bounds]
 
     sizes = y.shape[: len(levels)]
     of_input = _mapped(statistics_of_input, levels, sizes[::-1])(x)
@@ -127,11 +127,12 @@ def _transpose_collect(
     counter = leaves[COUNTER].shape[level_count:]
 
     def all_statistics(dy: Array, of_input: tuple[Array, ...]) -> list[Array]:
-        a, *bounds = of_input
-        unit, found = unit_of(leaves[COUNTER].dtype), {"a": a}
+        known = [name for name in names if name != COUNTER and STATISTICS[name].of_input]
+        unit, bounds = unit_of(leaves[COUNTER].dtype), of_input[len(known) :]
+        found = dict(zip(known, of_input[: len(known)], strict=True))
         numbers: list[Any] = [np.array([unit, CHECK_UNITS[unit]] if bounds else [unit, CHECK_UNITS[unit], 0]), *bounds]
         if "b" in leaves:
-            b = STATISTICS["b"].compute(linear_map, dy)
+            b = STATISTICS["b"].compute(linear_map, dy, leaves["b"].shape)
             found["b"] = b * unit
             numbers.append(noise_bound(dy, b, unit * _share_of_noise(counter), mean=False))
         else:
@@ -219,9 +220,9 @@ def shard_like(value: Array, leaf: Array) -> Array:
 
 
 def replicate(value: Array) -> Array:
-    """`value` on every device, where shardings are part of the types (explicit mesh axes)."""
-    sharding = jax.typeof(value).sharding
-    return _sharded(value, sharding.update(spec=PartitionSpec(*[None] * value.ndim)))
+    """`value` whole on every device, where shardings are part of the types."""
+    sharding: Any = jax.typeof(value).sharding
+    return jax.sharding.reshard(value, PartitionSpec()) if any(sharding.spec) else value
 
 
 def _sharded(value: Array, wanted: Any) -> Array:

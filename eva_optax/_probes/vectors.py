@@ -18,11 +18,13 @@ class Scales(NamedTuple):
     Attributes:
       used: whether each layer was used in this step.
       mean: for a mean over the batch, such as a: the scaling of the gradients is undone, and calls are averaged.
+      moment: for a second moment: the same, also where the mean is noise.
       total: for a sum over the batch, such as b: it keeps the scaling that the gradients have.
     """
 
     used: Array
     mean: Array
+    moment: Array
     total: Array
 
 
@@ -51,7 +53,7 @@ def read_counters(numbers: Sequence[Array], vectors: Mapping[str, Array], names:
     scales = {"a": scale / safe, "b": jnp.where(used, scale / jnp.where(foreign, 1, unit), 0)}
     pairs = zip(scales, bounds, strict=True)
     scales |= {name: without_noise(scales[name], vectors[name], bound) for name, bound in pairs if name in vectors}
-    return Scales(used, scales["a"], scales["b"])
+    return Scales(used, scales["a"], scale / safe, scales["b"])
 
 
 def _refuse_foreign(foreign: Array, count: Array, ratio: Array, names: tuple[str, ...]) -> None:

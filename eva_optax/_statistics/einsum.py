@@ -1,12 +1,19 @@
 """Kronecker vectors of layers that contract their input with the kernel: Dense, DenseGeneral, Einsum, Embed."""
 
+import math
+import string
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType, PartitionSpec
 
+from eva_optax._probes.directions import directions
 from eva_optax._probes.probe import accumulator
+from eva_optax._statistics.sketches import ROWS, thin
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,11 @@ class Contraction:
         order = [self.kernel.index(letter) for letter in self.y if letter in self.kernel]
         return order == sorted(order)
 
+    @property
+    def last_output_axis(self) -> int | None:
+        outputs = [axis for axis, c in enumerate(self.kernel) if c in self.y and c not in self.x]
+        return outputs[-1] - len(self.kernel) if outputs else None
+
     def mean_input(self, x: Array) -> Array:
         a = _reduce(x, self.x, self.kernel, self.kernel_shape)
         count = 1
@@ -54,6 +66,51 @@ class Contraction:
         y = jnp.einsum(equation, x, kernel, precision=jax.lax.Precision.HIGHEST)
         sizes = (size if letter in self.kernel else 1 for letter, size in zip(self.y, y.shape, strict=True))
         return y if bias is None else y + bias.reshape(tuple(sizes))
+
+    def sketch(self, x: Array, rank: int) -> Array:
+        x, letters, count = self._rows(x)
+        inputs = [axis for axis, c in enumerate(self.kernel) if c not in self.y]
+        omega = directions([self.kernel_shape[axis] for axis in inputs], rank, x.dtype)
+        # The layer itself with as many outputs, and the gradient of its kernel at the cotangent z.
+        names = "".join(self.kernel[axis] for axis in inputs)
+        z = "".join(c for c in letters if c not in names)
+        read = "".join(c for c in self.kernel if c in letters)
+        new = next(c for c in string.ascii_letters if c not in self.x + self.kernel + self.y)
+        exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        projected = exact(f"{letters},{names}{new}->{z}{new}", x, omega)
+        # Where shardings are part of the types, the sum over a sharded batch has to be told where it goes.
+        where = PartitionSpec() if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types else None
+        moment = exact(f"{letters},{z}{new}->{read}{new}", x, projected, out_sharding=where)
+        shape = [size if c in read else 1 for c, size in zip(self.kernel, self.kernel_shape, strict=True)]
+        axis = self.last_output_axis
+        assert axis is not None
+        # Along an axis that the input lacks it is the same.
+        full = list(self.probe_shapes[0])
+        moment = jnp.broadcast_to(moment.reshape(*shape, rank), (*full, rank))
+        return jnp.moveaxis(jnp.squeeze(moment, len(full) + axis), -1, axis) / count
+
+    def mean_square(self, x: Array) -> Array:
+        x, letters, count = self._rows(x)
+        axes = [axis for axis, c in enumerate(letters) if c not in self.kernel or c not in self.y]
+        squares = jnp.sum(x * x, axes)
+        kept = [c for i, c in enumerate(letters) if i not in axes]
+        squares = jnp.transpose(squares, [kept.index(c) for c in self.kernel if c in kept])
+        sizes = list(zip(self.kernel, self.kernel_shape, strict=True))
+        repeated = math.prod(size for c, size in sizes if c not in self.x + self.y)
+        return squares.reshape([size if c in kept else 1 for c, size in sizes]) * (repeated / count)
+
+    def _rows(self, x: Array) -> tuple[Array, str, Any]:
+        """The input at some positions, summed over what the layer sums, with its letters and their number."""
+        sizes = dict(zip(self.x, x.shape, strict=True))
+        count = math.prod(sizes[c] for c in self.positions)
+        if isinstance(count, int) and self.positions:
+            axis = self.x.index(self.positions[-1])  # positions come before it, and a batch of them may be sharded
+            x = thin(x, axis, min(count // ROWS, x.shape[axis]))
+        letters = "".join(c for c in self.x if c in self.positions or c in self.kernel)
+        summed = tuple(axis for axis, c in enumerate(self.x) if c not in letters)
+        x = jnp.sum(x, summed, dtype=accumulator(x.dtype)) if summed else x.astype(accumulator(x.dtype))
+        sizes = zip(letters, x.shape, strict=True)
+        return x, letters, math.prod(size for c, size in sizes if c in self.positions)
 
 
 def _reduce(array: Array, letters: str, kernel: str, kernel_shape: tuple[int, ...]) -> Array:
@@ -81,6 +138,17 @@ class Lookup:
             return jnp.ones((1, 1), jnp.float32)
         counts = jnp.zeros(self.kernel_shape[0], jnp.float32).at[x.ravel()].add(1.0, mode="drop")
         return (counts / x.size)[:, None]
+
+    @property
+    def last_output_axis(self) -> int | None:
+        return -1
+
+    def sketch(self, x: Array, rank: int) -> Array:
+        """The second moment of one-hot rows is diagonal, and has their mean on it."""
+        return self.mean_input(x) * directions(self.kernel_shape[:1], rank, jnp.float32)
+
+    def mean_square(self, x: Array) -> Array:
+        return jnp.sum(self.mean_input(x), keepdims=True)
 
     def sum_cotangent(self, dy: Array) -> Array:
         return jnp.sum(dy.reshape(-1, dy.shape[-1]), 0, dtype=accumulator(dy.dtype))[None]

@@ -5,6 +5,7 @@ that is stored with two of its axes merged. The vectors are those of the product
 merged as the kernel is.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -44,6 +45,24 @@ class GroupedContraction:
     def apply(self, x: Array, kernel: Array, bias: Array | None = None) -> Array:
         y = self.split.apply(_split(x, self.x_axes), _split(kernel, self.kernel_axes), bias)
         return y.reshape(_merge(y.shape, self.y_axes))
+
+    @property
+    def last_output_axis(self) -> int | None:
+        axis, ends = (
+            self.split.last_output_axis,
+            list(itertools.accumulate(len(parts or (1,)) for parts in self.kernel_axes)),
+        )
+        if axis is None:
+            return None
+        return next(place for place, end in enumerate(ends) if axis + ends[-1] < end) - len(ends)
+
+    def sketch(self, x: Array, rank: int) -> Array:
+        moment = self.split.sketch(_split(x, self.x_axes), rank)
+        return moment.reshape(self._merged(moment.shape))
+
+    def mean_square(self, x: Array) -> Array:
+        square = self.split.mean_square(_split(x, self.x_axes))
+        return square.reshape(self._merged(square.shape))
 
     def _merged(self, shape: Shape) -> Shape:
         return _merge(shape, self.kernel_axes)

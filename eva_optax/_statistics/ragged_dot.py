@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from eva_optax._probes.directions import directions
 from eva_optax._probes.probe import Probe, Shape, accumulator
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.einsum import Contraction
@@ -32,6 +33,27 @@ class RaggedDot:
     def probe_shapes(self) -> tuple[Shape, Shape]:
         a, b = self.expert.probe_shapes
         return (self.experts, *a), (self.experts, *b)
+
+    @property
+    def last_output_axis(self) -> int | None:
+        """Sketches are made where an expert is one matrix that maps a row."""
+        rule = self.expert
+        is_matrix = isinstance(rule, Contraction) and (rule.x, rule.y) == (*rule.kernel,) and not rule.positions
+        return -1 if is_matrix else None
+
+
+@dataclass(frozen=True)
+class _Expert(Contraction):
+    """One expert, whose input holds the statistics of its rows, one after the other: a, then s and y if wanted."""
+
+    def mean_input(self, x: Array) -> Array:
+        return x[: self.kernel_shape[0], None]
+
+    def mean_square(self, x: Array) -> Array:
+        return x[self.kernel_shape[0]].reshape(1, 1)
+
+    def sketch(self, x: Array, rank: int) -> Array:
+        return x[self.kernel_shape[0] + 1 :].reshape(self.kernel_shape[0], rank)
 
 
 def parse_ragged_dot(
@@ -76,11 +98,28 @@ def tap_ragged(linear_map: RaggedDot, has_bias: bool, probe: Probe, x: Array, y:
     # The expert of each row; beyond the last group a number that no expert has.
     expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0]), side="right")
     sums = jax.ops.segment_sum(jax.lax.stop_gradient(x).astype(dtype), expert, experts, indices_are_sorted=True)
-    means = sums / jnp.maximum(group_sizes, 1).astype(dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    rows = jnp.maximum(group_sizes, 1).astype(dtype)
+    means, rule = sums / rows.reshape(-1, *(1,) * (x.ndim - 1)), linear_map.expert
+    if "s" in probe:
+        rule = _Expert(rule.kernel_shape, "i", "io", "o", positions="")
+        rank = probe["y"].shape[-1] if "y" in probe else 0
+        means = jnp.concatenate([means, *_second_moments(x.astype(dtype), group_sizes, expert, rows[:, None], rank)], 1)
     # An expert without rows counts as not used. The probe's values do not matter, its cotangent is what is scaled.
     used = group_sizes > 0
     probe = {name: leaf * used.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)) for name, leaf in probe.items()}
     # Zeros added to the rows of each expert: their cotangent is the sum over these rows.
     added = jnp.zeros((experts, *y.shape[1:]), accumulator(y.dtype))
-    added = jax.vmap(partial(tap, linear_map.expert, has_bias))(probe, means, added)
+    added = jax.vmap(partial(tap, rule, has_bias))(probe, means, added)
     return y + jnp.take(added, expert, axis=0, mode="fill", fill_value=0).astype(y.dtype)
+
+
+def _second_moments(x: Array, group_sizes: Array, expert: Array, rows: Array, rank: int) -> list[Array]:
+    """The mean square of the rows of each expert, and their sketches, flat."""
+    x = jax.lax.stop_gradient(x)
+    squares = jax.ops.segment_sum(jnp.sum(x * x, 1), expert, len(group_sizes), indices_are_sorted=True)
+    if not rank:
+        return [squares[:, None] / rows]
+    omega = directions(x.shape[1:], rank, x.dtype)
+    product = partial(jax.lax.ragged_dot, x, group_sizes=group_sizes, precision=jax.lax.Precision.HIGHEST)
+    z, transposed = jax.vjp(product, jnp.broadcast_to(omega, (len(group_sizes), *omega.shape)))
+    return [squares[:, None] / rows, transposed(z)[0].reshape(len(group_sizes), -1) / rows]

@@ -27,6 +27,8 @@ def eva_adamw(
     damping: ArrayLike = 0.1,
     relative: bool = True,
     decay: ArrayLike = 0.05,
+    sketch_decay: ArrayLike = 0.95,
+    every: ArrayLike = 10,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW in coordinates where the mean input of each tapped layer is whitened.
 
@@ -48,6 +50,8 @@ def eva_adamw(
       damping: of `conjugate`; > 0.
       relative: whether the damping is relative to the squared norm of the mean input.
       decay: weight of the old value in the running mean input, in [0, 1).
+      sketch_decay: of `conjugate`.
+      every: of `conjugate`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; parameters are needed in `update` for the weight decay.
@@ -68,9 +72,11 @@ def eva_adamw(
     """
     check_positive("eva_adamw", damping=damping)
     check_decay("eva_adamw", decay)
+    check_decay("eva_adamw", sketch_decay)
+    kept = Damping(damping, relative)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     return optax.chain(
-        in_coordinates("eva_adamw", lambda tree: adam, Whitened(Damping(damping, relative)), decay),
+        in_coordinates("eva_adamw", lambda tree: adam, Whitened(kept, kept, every), decay, sketch_decay),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -94,6 +100,8 @@ def eva_muon(
     damping: ArrayLike = 0.1,
     relative: bool = True,
     decay: ArrayLike = 0.05,
+    sketch_decay: ArrayLike = 0.95,
+    every: ArrayLike = 10,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon in coordinates where the mean input of each tapped layer is whitened.
 
@@ -120,6 +128,8 @@ def eva_muon(
       damping: of `conjugate`; > 0.
       relative: whether the damping is relative to the squared norm of the mean input.
       decay: weight of the old value in the running mean input, in [0, 1).
+      sketch_decay: of `conjugate`.
+      every: of `conjugate`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; parameters are needed in `update` for the weight decay.
@@ -139,6 +149,8 @@ def eva_muon(
       >>> updates, state = tx.update(grads, state, params)
     """
     check_positive("eva_muon", damping=damping)
+    check_decay("eva_muon", sketch_decay)
+    kept = Damping(damping, relative)
     check_decay("eva_muon", decay)
     muon = partial(
         scale_by_muon,
@@ -154,7 +166,7 @@ def eva_muon(
         adam_eps_root=adam_eps_root,
     )
     return optax.chain(
-        in_coordinates("eva_muon", muon, Whitened(Damping(damping, relative)), decay),
+        in_coordinates("eva_muon", muon, Whitened(kept, kept, every), decay, sketch_decay),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

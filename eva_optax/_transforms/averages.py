@@ -36,6 +36,19 @@ def update_moving_average(
     return materialize({name: mixed(name) for name in old})
 
 
+def update_weighted_average(
+    new: Vectors, old: Vectors, weight: Array, scales: Scales | None, decay: ArrayLike
+) -> Vectors:
+    """m ← (decay·w·m + new) / (decay·w + 1), with w the weight of what has been averaged so far.
+
+    One batch does not tell a second moment: so that the first ones count alike, each older one `decay` times less.
+    """
+    assert scales is not None  # second moments come from a tap
+    share = 1 / (jnp.asarray(decay, weight.dtype) * weight + 1)
+    factors = {name: scales.mean if name == "a" else scales.moment for name in old}
+    return materialize({name: old[name] + share * (factors[name] * new[name] - old[name]) for name in old})
+
+
 def keep_finite(valid: Array, new: Vectors, old: Vectors) -> Vectors:
     """The averages: the new ones where they are valid."""
     return materialize({name: jnp.where(valid, new[name], old[name]) for name in old})

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from eva_optax._probes.layers import layer_names, take_apart
 from eva_optax._probes.probe import COUNTER, Path, is_probe
 from eva_optax._transforms.diagnostics import find_states
-from eva_optax._transforms.state import ConjugateState, ScaleByEvaState
+from eva_optax._transforms.state import ConjugateState, ScaleByEvaState, SketchState
 from eva_optax._transforms.untapped import UNTAPPED
 
 _MOST_NAMES = 5
@@ -31,8 +31,8 @@ def check(state: Any) -> None:
     untapped=0)`` starts anew; to live with some skipped steps, log `diagnostics` instead.
 
     Args:
-      state: an optimizer's state with a `ScaleByEvaState` or `ConjugateState` anywhere in it: of `chain`, `MultiSteps`,
-        `inject_hyperparams`, a `TrainState`, an `nnx.Optimizer`.
+      state: an optimizer's state with a `ScaleByEvaState`, `ConjugateState` or `SketchState` anywhere in it: of
+        `chain`, `MultiSteps`, `inject_hyperparams`, a `TrainState`, an `nnx.Optimizer`.
 
     Returns:
       None.
@@ -74,7 +74,7 @@ def _total(counter: Any) -> int:
     return sum(int(np.sum(jax.device_get(leaf))) for leaf in jax.tree.leaves(counter))
 
 
-def _skipped_message(state: ScaleByEvaState | ConjugateState, skipped: int) -> str:
+def _skipped_message(state: ScaleByEvaState | ConjugateState | SketchState, skipped: int) -> str:
     names = list(_never_averaged(state))
     shown = ", ".join(map(repr, names[:_MOST_NAMES])) + (", …" if len(names) > _MOST_NAMES else "")
     return (
@@ -86,7 +86,7 @@ def _skipped_message(state: ScaleByEvaState | ConjugateState, skipped: int) -> s
     )
 
 
-def _never_averaged(state: ScaleByEvaState | ConjugateState) -> Iterator[str]:
+def _never_averaged(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[str]:
     """The names of the layers that have no average in a state."""
     tree = take_apart(state.vectors)
     layers: dict[Path, dict[str, Any]] = {}

@@ -1,7 +1,7 @@
 """`conjugate` and `center`: any Optax transformation, run in better coordinates of each tapped layer."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +11,19 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eva_optax._curvature.curvature import Damping, Gradient
+from eva_optax._curvature.nystrom import Basis
 from eva_optax._curvature.one_sided import OneSided
+from eva_optax._curvature.sketched import change
 from eva_optax._curvature.sums import column_products, stack_biases
+from eva_optax._probes.layers import Tree, take_apart
 from eva_optax._probes.layout import Layout
 from eva_optax._probes.stacking import unstack
 from eva_optax._transforms.averages import Vectors, keep_finite
-from eva_optax._transforms.driver import Part, observe, start
+from eva_optax._transforms.bases import has_sketches, renew, start_bases
+from eva_optax._transforms.driver import Part, Step, observe, start
 from eva_optax._transforms.hidden_probes import hide_places, hide_probes, put_probes_back
 from eva_optax._transforms.options import check_decay, check_positive
-from eva_optax._transforms.state import CenterState, ConjugateState, check_state
+from eva_optax._transforms.state import CenterState, ConjugateState, SketchState, check_state
 
 
 def conjugate(
@@ -28,8 +32,10 @@ def conjugate(
     *,
     relative: bool = True,
     decay: ArrayLike = 0.05,
+    sketch_decay: ArrayLike = 0.95,
+    every: ArrayLike = 10,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Runs `inner` in coordinates where the mean input direction of each tapped layer is whitened.
+    r"""Runs `inner` in coordinates where the inputs of each tapped layer are whitened, as far as they are known.
 
     With a the running mean input and u = (a, 1)/‖(a, 1)‖ the direction of the homogeneous input,
 
@@ -37,9 +43,18 @@ def conjugate(
       \mathrm{update} = R \cdot \mathrm{inner}(R\, G), \qquad
       R = I + \Bigl(\bigl(1 + 1/\mathrm{damping}\bigr)^{-1/2} - 1\Bigr) u u^\top,
 
-    where R acts on the input axes of [kernel; bias]. This is `inner` after the change of variables W = R V, and so it
-    is right for transformations that are not linear in the gradient: Adam, Muon, Lion. Around SGD it is the one-sided
-    preconditioner R² = (I + u uᵀ/damping)⁻¹.
+    where R acts on the input axes of [kernel; bias]. A model tapped with a rank, `tap(model, rank=16)`, tells more
+    of the second moment A of the homogeneous inputs than one direction. With λ, U the eigenvalues and vectors of what
+    Nyström's method makes of its sketch, ρ the mean of the eigenvalues left, and z in units of the mean of all,
+
+    .. math::
+      R = f(\rho) I + U \bigl(f(λ) - f(\rho)\bigr) U^\top, \qquad
+      f(z) = \bigl((z + \mathrm{damping}) / (1 + \mathrm{damping})\bigr)^{-1/2}.
+
+    A rank of 0 has the mean input and the mean square alone: R is of the first form, with the damping that they tell.
+
+    This is `inner` after the change of variables W = R V, and so it is right for transformations that are not linear in
+    the gradient: Adam, Muon, Lion. Around SGD it is the one-sided preconditioner R².
 
     Keep weight decay and the learning rate outside: ``chain(conjugate(scale_by_adam()), add_decayed_weights(wd),
     scale_by_learning_rate(lr))``. What `inner` keeps from step to step (momentum, second moments) holds gradients each
@@ -48,19 +63,25 @@ def conjugate(
 
     Args:
       inner: the transformation to run.
-      damping: > 0; with `relative` a multiple of ‖(a, 1)‖², else it is γ in R = (I + (a,1)(a,1)ᵀ/γ)^(−1/2).
-      relative: whether the damping is relative to ‖(a, 1)‖².
+      damping: > 0; with `relative` a multiple of ‖(a, 1)‖², of the mean eigenvalue for a sketch; else it is γ in
+        R = (I + (a,1)(a,1)ᵀ/γ)^(−1/2), or (I + A/γ)^(−1/2).
+      relative: whether the damping is relative.
       decay: weight of the old value in the running mean, in [0, 1); the first value is taken as it is.
+      sketch_decay: the same for second moments, whose first values all count alike.
+      every: how many steps the whitened directions of a sketch are kept; in the first ones they are renewed each step.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with state `ConjugateState`. Updates have the gradients' shapes and
-      dtypes; parameters that are not tapped get what `inner` makes of them, probes get zero.
+      An `optax.GradientTransformationExtraArgs` with state `ConjugateState`, or `SketchState` for a model tapped with a
+      rank. Where the directions of a sketch are not finite, the old ones are kept. Updates have the gradients' shapes
+      and dtypes; parameters that are not tapped get what `inner` makes of them, probes get zero.
 
     Raises:
       ValueError: for an option out of its range; at init, if the parameters hold no probes; at update, if the gradients
         hold none, or if vectors, kernel and state do not fit.
 
-    Source: this library; R² is the inverse curvature of vectorized FOOF (Eva-f), arXiv:2308.02123.
+    Source: this library; R² is the inverse curvature of vectorized FOOF (Eva-f), arXiv:2308.02123. Nyström's method for
+    the inputs' covariance: Seung, Lee and Ko, "NysAct", arXiv:2506.08360 (to the power −1, before SGD); the algorithm:
+    Tropp, Yurtsever, Udell and Cevher, 2017.
 
     Example:
       >>> import eva_optax, flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -74,7 +95,9 @@ def conjugate(
     check_positive("conjugate", damping=damping)
     check_decay("conjugate", decay)
 
-    return in_coordinates("conjugate", lambda tree: inner, Whitened(Damping(damping, relative)), decay)
+    check_decay("conjugate", sketch_decay)
+    kept = Damping(damping, relative)
+    return in_coordinates("conjugate", lambda tree: inner, Whitened(kept, kept, every), decay, sketch_decay)
 
 
 def center(inner: optax.GradientTransformation, *, decay: ArrayLike = 0.05) -> optax.GradientTransformationExtraArgs:
@@ -116,34 +139,84 @@ def center(inner: optax.GradientTransformation, *, decay: ArrayLike = 0.05) -> o
 
 
 class Whitened(NamedTuple):
-    """Coordinates in which the mean input direction is whitened: R, there and back."""
+    """Coordinates in which the mean input direction, or what a sketch knows, is whitened: R, there and back.
+
+    Attributes:
+      damping: of the one direction.
+      sketch_damping: of second moments.
+      every: how many steps the coordinates of a sketch are kept.
+    """
 
     damping: Damping
-    state: type[ConjugateState] = ConjugateState
+    sketch_damping: Damping
+    every: ArrayLike
 
-    def forward(self, part: Part, averages: Vectors) -> tuple[list[Gradient], Array, Array, Array]:
-        """R G of each layer, the weights in R, the cosine of G and the mean input, and ⟨G, G⟩."""
+    curvature = OneSided(whitening=True, sketches=True)
+
+    def state(self, tree: Tree) -> type[ConjugateState | SketchState]:
+        """The type of the state for a tree of parameters or gradients."""
+        return SketchState if has_sketches(tree) else ConjugateState
+
+    def start(self, tree: Tree) -> tuple[Any, ...]:
+        """What the state holds beside averages."""
+        return (jnp.zeros((), jnp.int32), start_bases(tree)) if has_sketches(tree) else ()
+
+    def renew(self, step: Step, settled: list[tuple[Vectors, Array]], state: Any) -> tuple[tuple[Any, ...], list[Any]]:
+        """What the state holds after a step, and for each part the coordinates of its sketches, if it has any."""
+        if not isinstance(state, SketchState):
+            return (), [[] for _ in step.parts]
+        parts = [(part, *settled) for part, settled in zip(step.parts, settled, strict=True)]
+        chosen = renew(state.bases, parts, self.sketch_damping, state.count, self.every)
+        bases = {
+            layer.name: basis
+            for part, made in zip(step.parts, chosen, strict=True)
+            for layer, basis in zip(part.bucket.layers, made, strict=bool(made))
+        }
+        return (jnp.asarray(optax.safe_increment(state.count)), bases), chosen
+
+    def forward(self, part: Part, averages: Vectors, bases: list[Basis]) -> tuple[list[Gradient], Any, Array, Array]:
+        """R G of each layer, what `back` needs, the cosine of G and the mean input, and ⟨G, G⟩."""
         layout = part.bucket.layout
-        sums, along = _WHITENING.read(layout, part.gradients, averages)
-        solution = _WHITENING.solve(sums, self.damping)
+        if bases:
+            explained = jnp.stack([basis.explained for basis in bases])
+            shape = jnp.broadcast_shapes(part.used.shape, averages["s"].shape)
+            gg = jnp.stack([jnp.sum(gradient.kernel**2) for gradient in part.gradients])
+            gg = gg.reshape(-1, *(1,) * (part.used.ndim - 1))
+            return change(layout, part.gradients, bases), bases, explained.reshape(shape), gg
+        sums, along = self.curvature.read(layout, part.gradients, averages)
+        solution = self.curvature.solve(sums, self.damping)
         # The identity where the product is not finite, so that what broke it passes as it is.
         finite = jnp.isfinite(sums["square"])
         weight, cosine = (jnp.where(finite, value, 0) for value in (solution.weight, solution.cosine))
-        changed = _WHITENING.write(layout, part.gradients, averages, along, weight)
+        changed = self.curvature.write(layout, part.gradients, averages, along, weight)
         return changed, weight, cosine, sums["gg"]
 
-    def back(self, layout: Layout, updates: list[Gradient], averages: Vectors, weight: Array) -> list[Gradient]:
+    def back(self, layout: Layout, updates: list[Gradient], averages: Vectors, carried: Any) -> list[Gradient]:
         """R times each update."""
+        if isinstance(carried, list):
+            return change(layout, updates, carried)
         along = column_products(layout, updates, averages["a"])
-        return _WHITENING.write(layout, updates, averages, along, weight)
+        return self.curvature.write(layout, updates, averages, along, carried)
 
 
 class Centred:
     """Coordinates in which the inputs of layers with a bias are centred."""
 
-    state: type[ConjugateState] = CenterState
+    curvature = OneSided(whitening=True)
 
-    def forward(self, part: Part, averages: Vectors) -> tuple[list[Gradient], Array, Array, Array]:
+    def state(self, tree: Tree) -> type[CenterState]:
+        """The type of the state."""
+        return CenterState
+
+    def start(self, tree: Tree) -> tuple[Any, ...]:
+        """Nothing beside averages."""
+        return ()
+
+    def renew(self, step: Step, settled: list[tuple[Vectors, Array]], state: Any) -> tuple[tuple[Any, ...], list[Any]]:
+        """Nothing: the means are all."""
+        return (), [None for _ in step.parts]
+
+    def forward(self, part: Part, averages: Vectors, bases: None) -> tuple[list[Gradient], Any, Array, Array]:
         """G − μ gᵀ of each layer, what stands for weights and cosines, and ⟨g, g⟩: only layers with a bias count."""
         changed = [
             Gradient(kernel if bias is None else kernel - mean * bias, bias)
@@ -153,16 +226,13 @@ class Centred:
         gg = jnp.zeros_like(started) if biases is None else part.bucket.layout.total(biases * biases)
         return changed, started, part.scalars.cosine, gg
 
-    def back(self, layout: Layout, updates: list[Gradient], averages: Vectors, weight: Array) -> list[Gradient]:
+    def back(self, layout: Layout, updates: list[Gradient], averages: Vectors, carried: Any) -> list[Gradient]:
         """Δβ = Δβ' − μᵀΔW."""
         _, inputs = layout.sum_axes
         return [
             Gradient(kernel, None if bias is None else bias - jnp.sum(mean * kernel, inputs, keepdims=True))
             for (kernel, bias), mean in zip(updates, unstack(averages["a"]), strict=True)
         ]
-
-
-_WHITENING = OneSided(whitening=True)
 
 
 def _refuse_line_search(caller: str, *_: Any, **__: Any) -> None:
@@ -178,6 +248,7 @@ def in_coordinates(
     inner_of: Callable[[Any], optax.GradientTransformation],
     coordinates: Whitened | Centred,
     decay: ArrayLike,
+    sketch_decay: ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Takes gradients forward, runs an inner transformation on the tree without probes, and takes its updates back.
 
@@ -186,24 +257,29 @@ def in_coordinates(
       inner_of: makes the inner transformation from a tree with probes, of parameters or gradients.
       coordinates: there and back.
       decay: of the running mean inputs.
+      sketch_decay: of running second moments.
     """
-    state_type = coordinates.state
 
-    def init(params: Any) -> ConjugateState:
-        return state_type(*start(caller, _WHITENING, params), inner_of(params).init(hide_probes(params)))
+    def init(params: Any) -> ConjugateState | SketchState:
+        tree, averages = take_apart(params), start(caller, coordinates.curvature, params)
+        inner_state = inner_of(params).init(hide_probes(params))
+        return coordinates.state(tree)(*averages, inner_state, *coordinates.start(tree))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ConjugateState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ConjugateState | SketchState]:
+        state_type = coordinates.state(take_apart(updates))
         check_state(caller, state, state_type)
-        step = observe(caller, _WHITENING, updates, state, decay)
-        leaves, ends, weights = list(step.tree.leaves), [], []
-        for part in step.parts:
-            valid = part.used & jnp.isfinite(part.bucket.layout.total(part.new["a"] ** 2))
-            averages = keep_finite(valid, part.new, part.old)
-            changed, weight, cosine, gg = coordinates.forward(part, averages)
+        step = observe(caller, coordinates.curvature, updates, state, decay, sketch_decay)
+        leaves, ends, carried = list(step.tree.leaves), [], []
+        valid = [_is_valid(part) for part in step.parts]
+        averages = [keep_finite(is_valid, part.new, part.old) for part, is_valid in zip(step.parts, valid, strict=True)]
+        started = [is_valid | (part.scalars.started > 0) for part, is_valid in zip(step.parts, valid, strict=True)]
+        more, bases = coordinates.renew(step, list(zip(averages, started, strict=True)), state)
+        for part, is_valid, kept, basis in zip(step.parts, valid, averages, bases, strict=True):
+            changed, carry, cosine, gg = coordinates.forward(part, kept, basis)
             for layer, gradient in zip(part.bucket.layers, changed, strict=True):
                 layer.place(*gradient, leaves)
-            ends.append(part.settle(averages, valid, part.used & ~valid, cosine, gg))
-            weights.append(weight)
+            ends.append(part.settle(kept, is_valid, part.used & ~is_valid, cosine, gg, sketch_decay))
+            carried.append(carry)
         inner = optax.with_extra_args_support(inner_of(updates))
         hidden = None if params is None else hide_probes(params)
         like_updates = jax.tree.structure(updates)
@@ -212,12 +288,21 @@ def in_coordinates(
             extra["value_fn"] = partial(_refuse_line_search, caller)
         inner_updates, inner_state = inner.update(hide_places(step.tree, leaves), state.inner, hidden, **extra)
         leaves = put_probes_back(step.tree, inner_updates)
-        for end, weight in zip(ends, weights, strict=True):
+        for end, carry in zip(ends, carried, strict=True):
             layers = end.bucket.layers
             taken = [Gradient(*layer.gradient(leaves)) for layer in layers]
-            given = coordinates.back(end.bucket.layout, taken, end.averages, weight)
+            given = coordinates.back(end.bucket.layout, taken, end.averages, carry)
             for layer, gradient in zip(layers, given, strict=True):
                 layer.place(*gradient, leaves)
-        return step.tree.rebuild(leaves), state_type(*step.kept.settle(caller, ends), inner_state)
+        return step.tree.rebuild(leaves), state_type(*step.kept.settle(caller, ends), inner_state, *more)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_valid(part: Part) -> Array:
+    """Which layers were used, and have finite statistics."""
+    if "s" not in part.new:
+        return part.used & jnp.isfinite(part.bucket.layout.total(part.new["a"] ** 2))
+    axes = [axis for axis, size in enumerate(part.used.shape) if axis > 0 and size == 1]
+    finite = [jnp.isfinite(jnp.sum(jnp.square(average), axes, keepdims=True)) for average in part.new.values()]
+    return part.used & reduce(jnp.logical_and, finite)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from eva_optax._probes.layers import layer_names, take_apart
 from eva_optax._probes.layout import find_stacked
 from eva_optax._probes.probe import COUNTER, Path, is_probe
-from eva_optax._transforms.state import CenterState, ConjugateState, Scalars, ScaleByEvaState
+from eva_optax._transforms.state import CenterState, ConjugateState, Scalars, ScaleByEvaState, SketchState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,33 +22,37 @@ _TITLES = {
     "skipped": "skipped layers, in all",
     "untapped": "steps without vectors, in all",
     "cosine": "share of the gradient along the direction (cosine)",
+    "explained": "share of the inputs' mean square in the directions of the sketch",
     "norm_a": "norm of the mean input ‖a‖",
     "norm_b": "norm of the summed cotangent ‖b‖",
     "norm": "norm of the means ‖V‖",
+    "trace": "mean square of the inputs",
 }
 
 
 def diagnostics(state: Any) -> dict[str, Array]:
     r"""What the optimizer found at its last step, as a flat dict for TensorBoard, W&B or a CSV file.
 
-    ==================  ================================================================================================
-    "nu"                the step-size factor ν
-    "skipped"           how many times a layer was skipped because its vectors were broken
-    "untapped"          in how many steps tapped layers had gradients and none had vectors; see `check`
-    "<layer>/cosine"    :math:`\langle G, V \rangle / (\|G\| \|V\|)`: how much of the gradient lies along the Kronecker
-                        direction V = ab (`scale_by_eva`), the mean input (`scale_by_eva_f`, `conjugate`), or the
-                        product of its means (`scale_by_eva_s`)
-    "<layer>/norm_a"    ‖a‖ of the running mean input, without the bias's 1
-    "<layer>/norm_b"    ‖b‖ of the running summed cotangent
-    "<kernel>/norm"     ‖V‖ (`scale_by_eva_s`)
-    ==================  ================================================================================================
+    ===================  ===============================================================================================
+    "nu"                 the step-size factor ν
+    "skipped"            how many times a layer was skipped because its vectors were broken
+    "untapped"           in how many steps tapped layers had gradients and none had vectors; see `check`
+    "<layer>/cosine"     :math:`\langle G, V \rangle / (\|G\| \|V\|)`: how much of the gradient lies along the Kronecker
+                         direction V = ab (`scale_by_eva`), the mean input (`scale_by_eva_f`, `conjugate`), or the
+                         product of its means (`scale_by_eva_s`)
+    "<layer>/norm_a"     ‖a‖ of the running mean input, without the bias's 1
+    "<layer>/norm_b"     ‖b‖ of the running summed cotangent
+    "<kernel>/norm"      ‖V‖ (`scale_by_eva_s`)
+    "<layer>/trace"      the mean square of the layer's inputs, where the model is tapped with a rank
+    "<layer>/explained"  the share of it that lies in the directions of the sketch (`conjugate`)
+    ===================  ===============================================================================================
 
     Cosines come from sums that the update takes anyway, norms from the averages in the state. A scanned layer has one
     entry for each of its layers, "<layer>[2]/cosine"; groups of a convolution are averaged.
 
     Args:
-      state: an optimizer's state with a `ScaleByEvaState` or `ConjugateState` anywhere in it, or an `nnx.Optimizer`.
-        Where there are several, the keys begin with "0/", "1/", in their order.
+      state: an optimizer's state with a `ScaleByEvaState`, `ConjugateState` or `SketchState` anywhere in it, or an
+        `nnx.Optimizer`. Where there are several, the keys begin with "0/", "1/", in their order.
 
     Returns:
       Scalars by name. Works under `jit` too; `jax.device_get` makes numbers of them.
@@ -125,7 +129,7 @@ def plot_diagnostics(history: Sequence[Mapping[str, ArrayLike]], steps: Sequence
     return figure
 
 
-def find_states(caller: str, tree: Any) -> list[ScaleByEvaState | ConjugateState]:
+def find_states(caller: str, tree: Any) -> list[ScaleByEvaState | ConjugateState | SketchState]:
     """The states of this library in `tree`, also inside one another, in their order.
 
     Raises:
@@ -134,31 +138,31 @@ def find_states(caller: str, tree: Any) -> list[ScaleByEvaState | ConjugateState
     found = list(_find(tree))
     if not found:
         raise ValueError(
-            f"eva_optax.{caller}: there is no ScaleByEvaState or ConjugateState in the state of type "
+            f"eva_optax.{caller}: there is no ScaleByEvaState, ConjugateState or SketchState in the state of type "
             f"{type(tree).__name__}. Give it the state of an optimizer that has a transformation of eva_optax in it."
         )
     return found
 
 
-def _find(tree: Any) -> Iterator[ScaleByEvaState | ConjugateState]:
+def _find(tree: Any) -> Iterator[ScaleByEvaState | ConjugateState | SketchState]:
 
     def ours(node: Any) -> bool:
-        return isinstance(node, ScaleByEvaState | ConjugateState)
+        return isinstance(node, ScaleByEvaState | ConjugateState | SketchState)
 
     for node in jax.tree.leaves(tree, is_leaf=ours):
         if ours(node):
             yield _unboxed(node)
-        if isinstance(node, ConjugateState):
+        if isinstance(node, ConjugateState | SketchState):
             yield from _find(node.inner)
 
 
 def _unboxed(state: Any) -> Any:
     """A state whose single arrays are without the boxes that an optimizer of NNX puts around them."""
-    single = {name for name in state._fields if name not in ("vectors", "inner")}
+    single = {name for name in state._fields if name not in ("vectors", "inner", "bases")}
     return state._replace(**{name: jax.tree.leaves(getattr(state, name))[0] for name in single})
 
 
-def _report(state: ScaleByEvaState | ConjugateState) -> Iterator[tuple[str, Array]]:
+def _report(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[tuple[str, Array]]:
     if isinstance(state, ScaleByEvaState):
         yield "nu", state.nu
     yield "skipped", state.skipped
@@ -187,8 +191,14 @@ def _report(state: ScaleByEvaState | ConjugateState) -> Iterator[tuple[str, Arra
         for index, position in enumerate(np.ndindex(*sizes)):
             key = f"{names[path]}[{','.join(map(str, position))}]" if stacked else names[path]
             for name, average in averages.items():
+                if name == "y":
+                    continue
                 chosen = dict(zip([axis for _, axis in stacked], position, strict=True))
                 part = average[tuple(chosen.get(axis, slice(None)) for axis in range(average.ndim))]
-                yield f"{key}/norm_{name}".removeprefix("/"), jnp.linalg.norm(part.ravel())
+                if name == "s":
+                    yield f"{key}/trace".removeprefix("/"), jnp.sum(part)
+                else:
+                    yield f"{key}/norm_{name}".removeprefix("/"), jnp.linalg.norm(part.ravel())
             if not isinstance(state, CenterState):
-                yield f"{key}/cosine".removeprefix("/"), cosine[index]
+                share = "explained" if "s" in averages else "cosine"
+                yield f"{key}/{share}".removeprefix("/"), cosine[index]

@@ -18,7 +18,7 @@ from eva_optax._probes.layout import Layout
 from eva_optax._probes.probe import is_probe
 from eva_optax._probes.stacking import stack, unstack
 from eva_optax._probes.vectors import Scales
-from eva_optax._transforms.averages import Vectors, keep_finite, update_moving_average
+from eva_optax._transforms.averages import Vectors, keep_finite, update_moving_average, update_weighted_average
 from eva_optax._transforms.buckets import Bucket, fill_buckets
 from eva_optax._transforms.centralized import are_centralized
 from eva_optax._transforms.options import (
@@ -89,7 +89,7 @@ def _layers(curvature: Curvature, tree: Tree) -> Sequence[Layer]:
     found = []
     for place, (path, leaf) in enumerate(tree.items()):
         if leaf.ndim >= 2 and leaf.size > 0 and not is_probe(path):
-            found.append(Layer("/".join(path), path, place, None, {}, Layout.of_tensor(tuple(leaf.shape))))
+            found.append(Layer("/".join(path), path, place, None, {}, Layout.of_tensor(tuple(leaf.shape)), {}))
     return found
 
 
@@ -112,11 +112,17 @@ class Part(NamedTuple):
     used: Array
     scalars: Scalars
 
-    def settle(self, averages: Vectors, valid: Array, skipped: Array, cosine: Array, gg: Array) -> End:
+    def settle(
+        self, averages: Vectors, valid: Array, skipped: Array, cosine: Array, gg: Array, sketch_decay: ArrayLike = 0.0
+    ) -> End:
         """Ends the step, once it is known what is valid and what was skipped; `gg` is 0 without a gradient."""
-        started = jnp.where(valid, 1, self.scalars.started).astype(cosine.dtype)
+        weight = sketch_decay * self.scalars.started + 1 if "s" in averages else 1
+        started = jnp.where(valid, weight, self.scalars.started).astype(cosine.dtype)
+        unseen = ~self.used & (gg != 0)
+        if started.shape != cosine.shape:  # what is counted as one
+            valid, started, skipped = (jnp.broadcast_to(part, cosine.shape) for part in (valid, started, skipped))
         scalars = Scalars(started, jnp.where(valid, cosine, self.scalars.cosine))
-        return End(self.bucket, averages, scalars, skipped, self.used, ~self.used & (gg != 0))
+        return End(self.bucket, averages, scalars, skipped, self.used, unseen)
 
 
 class Step(NamedTuple):
@@ -127,8 +133,12 @@ class Step(NamedTuple):
     kept: Kept
 
 
-def observe(caller: str, curvature: Curvature, updates: Any, state: Any, decay: ArrayLike) -> Step:
+def observe(
+    caller: str, curvature: Curvature, updates: Any, state: Any, decay: ArrayLike, sketch_decay: ArrayLike = 0.0
+) -> Step:
     """Finds the layers of a tree of gradients, and takes their statistics into the running averages.
+
+    Second moments, and what belongs to them, have a decay of their own.
 
     Raises:
       ValueError: if there are none, or the state does not fit.
@@ -148,7 +158,10 @@ def observe(caller: str, curvature: Curvature, updates: Any, state: Any, decay: 
             observed = [curvature.observe(gradient) for gradient in gradients]
             of_step = {name: stack([each[name] for each in observed]) for name in old}
         used = jnp.ones_like(scalars.started, bool) if scale is None else scale.used
-        averages = update_moving_average(of_step, old, scalars.started, scale, decay)
+        if "s" in old:
+            averages = update_weighted_average(of_step, old, scalars.started, scale, sketch_decay)
+        else:
+            averages = update_moving_average(of_step, old, scalars.started, scale, decay)
         parts.append(Part(bucket, gradients, old, averages, used, scalars))
     return Step(tree, parts, kept)
 
@@ -157,9 +170,11 @@ def _statistics(
     caller: str, curvature: Curvature, buckets: Sequence[Bucket], tree: Tree
 ) -> tuple[list[Vectors], list[Scales | None]]:
     """What the probes of each bucket received, and what it has to be multiplied by; nothing without a tap."""
-    found = [{name: bucket.stacked(tree.leaves, name) for name in curvature.statistics} for bucket in buckets]
     if not curvature.statistics:
-        return found, [None for _ in buckets]
+        return [{} for _ in buckets], [None for _ in buckets]
+    names = [curvature.averages(bucket.layers[0]) for bucket in buckets]
+    stacks = zip(buckets, names, strict=True)
+    found = [{name: bucket.stacked(tree.leaves, name) for name in averages} for bucket, averages in stacks]
     scales = [bucket.scales(tree.leaves, vectors) for bucket, vectors in zip(buckets, found, strict=True)]
     spoiled = are_centralized(caller, [vectors["a"] for vectors in found], [scale.used for scale in scales])
     if spoiled is None:

@@ -69,7 +69,30 @@ class CenterState(ConjugateState):
     """State of `center`: a `ConjugateState` without cosines."""
 
 
-for _state in (ScaleByEvaState, ConjugateState, CenterState):
+class SketchState(NamedTuple):
+    """State of `conjugate` for a model that is tapped with a `rank`.
+
+    Attributes:
+      vectors: the running averages: `a`, and of the second moments the sketches `y` and the traces `s`.
+      scalars: as in `ScaleByEvaState`; the first number of a layer is the weight of its averages, the second the
+        share of its inputs' mean square that lies in the directions of its sketch.
+      skipped: as in `ConjugateState`.
+      untapped: as in `ConjugateState`.
+      inner: as in `ConjugateState`.
+      count: steps taken, int32 scalar.
+      bases: the coordinates that are whitened in each layer with a sketch, by its name.
+    """
+
+    vectors: Any
+    scalars: Array
+    skipped: Array
+    untapped: Array
+    inner: Any
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    bases: dict[str, Any]
+
+
+for _state in (ScaleByEvaState, ConjugateState, CenterState, SketchState):
     _state.__module__ = "eva_optax"
 
 
@@ -116,7 +139,7 @@ def start_state(tree: Tree, layers: Sequence[Layer], curvature: Curvature) -> tu
             return jnp.zeros_like(like, shape=shape, dtype=accumulator(like.dtype))
 
         dtype = jnp.result_type(dtype, like.dtype)
-        shapes = curvature.averages(layout)
+        shapes = curvature.averages(layer)
         if layer.probe:
             for name, shape in shapes.items():
                 # Like the probe's leaf, which has its sharding.
@@ -164,7 +187,7 @@ class Kept(NamedTuple):
         """
         wanted, packed = [], {}
         for index, layer in enumerate(layers):
-            shapes = curvature.averages(layer.layout)
+            shapes = curvature.averages(layer)
             if not layer.probe:
                 packed[index], shapes = shapes, {_PACKED: packed_shape(shapes)}
             if not layer.layout.is_plain:
@@ -217,11 +240,11 @@ class Kept(NamedTuple):
         skipped = self.skipped
         for bucket, averages, scalars, skips, _, _ in ends:
             layout = bucket.layout
-            shapes: dict[str, Shape] = {"a": layout.a, "b": layout.b}
+            shapes = bucket.layers[0].shapes
             averages = {_PACKED: pack(averages)} if bucket.members[0] in self.packed else averages
             for name, average in averages.items():
                 for index, part in zip(bucket.members, unstack(average), strict=True):
-                    merged = layout.merge_groups(part, shapes.get(name, part.shape))
+                    merged = layout.merge_groups(part, shapes.get(name, tuple(part.shape)))
                     place = self.places[index, name]
                     leaves[place] = merged.astype(self.leaves[place].dtype)  # a user may keep averages in bfloat16
             if layout.is_plain:

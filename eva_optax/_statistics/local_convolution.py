@@ -1,0 +1,68 @@
+"""Statistics of convolutions that have a kernel of their own at each position."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from eva_optax._probes.directions import directions
+from eva_optax._probes.probe import accumulator
+from eva_optax._statistics.images import Padding, channels_last, pad, some_images
+
+
+@dataclass(frozen=True)
+class LocalConvolution:
+    """A convolution with a kernel of its own at each output position: positions are batch axes.
+
+    The kernel has the shape (*output positions, input channels * window, output channels).
+    """
+
+    kernel_shape: tuple[int, ...]
+    window: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: Padding
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+
+    @property
+    def probe_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        *positions, _, features = self.kernel_shape
+        return (*self.kernel_shape[:-1], 1), (*positions, 1, features)
+
+    last_output_axis = -1
+
+    def mean_input(self, x: Array) -> Array:
+        x = x.reshape(-1, *x.shape[-len(self.strides) - 1 :])
+        image = jnp.mean(x, 0, keepdims=True, dtype=accumulator(x.dtype))
+        return self._patches(image).reshape(self.probe_shapes[0])
+
+    def sum_cotangent(self, dy: Array) -> Array:
+        b = jnp.sum(dy.reshape(-1, *dy.shape[-len(self.strides) - 1 :]), 0, dtype=accumulator(dy.dtype))
+        return b.reshape(self.probe_shapes[1])
+
+    def sketch(self, x: Array, rank: int) -> Array:
+        patches = self._patches(some_images(x, len(self.strides)))
+        exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        z = exact("n...i,ir->n...r", patches, directions(patches.shape[-1:], rank, patches.dtype))
+        return exact("n...i,n...r->...ir", patches, z) / len(patches)
+
+    def mean_square(self, x: Array) -> Array:
+        patches = self._patches(some_images(x, len(self.strides)))
+        return (jnp.sum(patches * patches, (0, -1)) / len(patches))[..., None, None]
+
+    def _patches(self, x: Array) -> Array:
+        """What each output position reads: (batch, *positions, input channels * window)."""
+        padded, padding = pad(x, self.padding, self.window, self.kernel_dilation)
+        rank = x.ndim
+        return jax.lax.conv_general_dilated_patches(
+            padded,
+            self.window,
+            self.strides,
+            padding,
+            self.input_dilation,
+            self.kernel_dilation,
+            channels_last(rank),
+            precision=jax.lax.Precision.HIGHEST,
+        )

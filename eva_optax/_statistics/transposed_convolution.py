@@ -1,0 +1,106 @@
+"""Statistics of transposed convolutions, whose patches are mostly zeros between the positions of the input."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from eva_optax._probes.directions import directions
+from eva_optax._probes.probe import accumulator
+from eva_optax._statistics.images import Padding, channels_last, dilate, some_images
+from eva_optax._statistics.window_sums import Reads, window_sums
+
+
+@dataclass(frozen=True)
+class TransposedConvolution:
+    """A transposed convolution; a is the mean over the input positions that each kernel offset meets.
+
+    An output position meets only some of the offsets, so that no single mean patch exists: this a is a definition.
+    `transposed` marks a kernel of shape (*window, output channels, input channels) with its window flipped.
+    """
+
+    kernel_shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: Padding
+    kernel_dilation: tuple[int, ...]
+    transposed: bool
+
+    @property
+    def probe_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        *window, rows, columns = self.kernel_shape
+        ones = (1,) * len(window)
+        if self.transposed:
+            return (*window, 1, columns), (*ones, rows, 1)
+        return (*window, rows, 1), (*ones, 1, columns)
+
+    def reads(self, spatial: Sequence[int]) -> list[Reads]:
+        axes = []
+        for axis, size in enumerate(spatial):
+            stride, count = self.strides[axis], self.kernel_shape[axis]
+            window = (count - 1) * self.kernel_dilation[axis] + 1
+            padded = dilate(np.arange(size), stride)
+            padded = np.pad(padded, _transposed_padding(self.padding, axis, window, stride), constant_values=-1)
+            outputs = np.arange(len(padded) - window + 1)
+            read = [padded[outputs + offset * self.kernel_dilation[axis]] for offset in range(count)]
+            read = [positions[positions >= 0] for positions in read]
+            axes.append(read[::-1] if self.transposed else read)
+        return axes
+
+    @property
+    def last_output_axis(self) -> int:
+        return -2 if self.transposed else -1
+
+    def mean_input(self, x: Array) -> Array:
+        x = x.reshape(-1, *x.shape[-len(self.strides) - 1 :])
+        axes = self.reads(x.shape[1:-1])
+        met = np.array(1.0)
+        for reads in axes:
+            met = met[..., None] * np.array([max(len(positions), 1) for positions in reads])
+        return (window_sums(x, axes, (1,) * len(axes)) / (x.shape[0] * met[..., None])).reshape(self.probe_shapes[0])
+
+    def sum_cotangent(self, dy: Array) -> Array:
+        b = jnp.sum(dy, tuple(range(dy.ndim - 1)), dtype=accumulator(dy.dtype))
+        return b.reshape(self.probe_shapes[1])
+
+    def sketch(self, x: Array, rank: int) -> Array:
+        """Of the patches at output positions, zero where they meet no input, and counted by input positions, as a."""
+        x = some_images(x, len(self.strides))
+        *window, rows, columns = self.kernel_shape
+        omega = directions((*window, columns if self.transposed else rows), rank, x.dtype)
+        convolve = partial(
+            jax.lax.conv_transpose,
+            x,
+            strides=self.strides,
+            padding="VALID" if self.padding == "CIRCULAR" else self.padding,
+            rhs_dilation=self.kernel_dilation,
+            transpose_kernel=self.transposed,
+            dimension_numbers=channels_last(x.ndim),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        z, transposed = jax.vjp(convolve, jnp.swapaxes(omega, -1, -2) if self.transposed else omega)
+        (moment,) = transposed(z)
+        return moment / math.prod(x.shape[:-1])
+
+    def mean_square(self, x: Array) -> Array:
+        x = some_images(x, len(self.strides))
+        axes = self.reads(x.shape[1:-1])
+        total = jnp.sum(window_sums(x * x, axes, (1,) * len(axes))) / math.prod(x.shape[:-1])
+        return total.reshape((1,) * len(self.kernel_shape))
+
+
+def _transposed_padding(padding: Padding, axis: int, window: int, stride: int) -> tuple[int, int]:
+    """How `jax.lax.conv_transpose` pads the dilated input; CIRCULAR wraps the VALID result and loses nothing."""
+    if not isinstance(padding, str):
+        return padding[axis]
+    if padding == "SAME":
+        total = window + stride - 2
+        low = window - 1 if stride > window - 1 else -(-total // 2)
+    else:
+        total = window + stride - 2 + max(window - stride, 0)
+        low = window - 1
+    return low, total - low
