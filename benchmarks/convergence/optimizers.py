@@ -61,16 +61,24 @@ def _behind(base: str) -> list[Optimizer]:
     ]
 
 
+def eva_adamw(rate: optax.Schedule) -> optax.GradientTransformation:
+    return eva_optax.eva_adamw(rate, weight_decay=0.0)
+
+
+def eva_muon(rate: optax.Schedule) -> optax.GradientTransformation:
+    return eva_optax.eva_muon(rate, muon_weight_dimension_numbers=muon_dimensions)
+
+
 OPTIMIZERS = {
     optimizer.name: optimizer
     for optimizer in (
         *(Optimizer(name, name, build, tapped=False) for name, build in BASELINES.items()),
         *(optimizer for base in BASELINES for optimizer in _behind(base)),
         Optimizer("conjugate+sgd", "sgd", lambda rate: eva_optax.conjugate(BASELINES["sgd"](rate))),
-        Optimizer("eva_adamw", "adamw", lambda rate: eva_optax.eva_adamw(rate, weight_decay=0.0)),
-        Optimizer(
-            "eva_muon", "muon", lambda rate: eva_optax.eva_muon(rate, muon_weight_dimension_numbers=muon_dimensions)
-        ),
+        Optimizer("eva_adamw", "adamw", eva_adamw),
+        *(Optimizer(f"eva_adamw@{rank}", "adamw", eva_adamw, rank=rank) for rank in (0, 4, 16)),
+        Optimizer("eva_muon", "muon", eva_muon),
+        Optimizer("eva_muon@16", "muon", eva_muon, rank=16),
         Optimizer("eva", "sgd", eva_optax.eva),
         Optimizer("eva_f", "sgd", eva_optax.eva_f),
         Optimizer("eva_s", "sgd", eva_optax.eva_s, tapped=False),
