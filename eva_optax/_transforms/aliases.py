@@ -8,7 +8,8 @@ import optax
 from jax.typing import ArrayLike
 
 from eva_optax._curvature.curvature import Damping
-from eva_optax._transforms.coordinates import Whitened, in_coordinates
+from eva_optax._transforms.changes import Whitened
+from eva_optax._transforms.coordinates import in_coordinates
 from eva_optax._transforms.muon import scale_by_muon
 from eva_optax._transforms.options import check_decay, check_positive
 
@@ -73,6 +74,7 @@ def eva_adamw(
     check_positive("eva_adamw", damping=damping)
     check_decay("eva_adamw", decay)
     check_decay("eva_adamw", sketch_decay)
+    check_positive("eva_adamw", every=every)
     kept = Damping(damping, relative)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     return optax.chain(
@@ -150,6 +152,7 @@ def eva_muon(
     """
     check_positive("eva_muon", damping=damping)
     check_decay("eva_muon", sketch_decay)
+    check_positive("eva_muon", every=every)
     kept = Damping(damping, relative)
     check_decay("eva_muon", decay)
     muon = partial(

@@ -1,5 +1,6 @@
 """What a state keeps of sketches: for each layer that has one the coordinates that it whitens, renewed now and then."""
 
+import math
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
@@ -35,12 +36,8 @@ def start_bases(tree: Tree) -> dict[str, Basis]:
     """R = I for each layer with a sketch, by its name."""
     bases = {}
     for layer in filter(is_sketched, tree.layers):
-        axes, layout = SketchAxes.of(layer.layout), layer.layout
-        columns = 0
-        if "y" in layer.shapes:
-            stored = jax.ShapeDtypeStruct((1, *layout.split_shape(layer.shapes["y"])), jnp.float32)
-            a = layout.split_shape(layout.a)
-            columns = jax.eval_shape(lambda y, axes=axes, a=a: axes.unfold(y, a), stored).shape[-1]
+        axes = SketchAxes.of(layer.layout)
+        columns = math.prod(layer.shapes["y"]) // math.prod(layer.shapes["a"]) if "y" in layer.shapes else 0
         dtype = accumulator(tree.leaves[layer.kernel].dtype)
         bases[layer.name] = identity(axes, columns, layer.bias is not None, dtype)
     return bases

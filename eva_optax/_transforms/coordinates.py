@@ -1,29 +1,21 @@
 """`conjugate` and `center`: any Optax transformation, run in better coordinates of each tapped layer."""
 
 from collections.abc import Callable
-from functools import partial, reduce
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax import Array
 from jax.typing import ArrayLike
 
 from eva_optax._curvature.curvature import Damping, Gradient
-from eva_optax._curvature.nystrom import Basis
-from eva_optax._curvature.one_sided import OneSided
-from eva_optax._curvature.sketched import change
-from eva_optax._curvature.sums import column_products, stack_biases
-from eva_optax._probes.layers import Tree, take_apart
-from eva_optax._probes.layout import Layout
-from eva_optax._probes.stacking import unstack
-from eva_optax._transforms.averages import Vectors, keep_finite
-from eva_optax._transforms.bases import has_sketches, renew, start_bases
-from eva_optax._transforms.driver import Part, Step, observe, start
+from eva_optax._probes.layers import take_apart
+from eva_optax._transforms.averages import keep_finite
+from eva_optax._transforms.changes import Centred, Whitened, is_valid
+from eva_optax._transforms.driver import observe, start
 from eva_optax._transforms.hidden_probes import hide_places, hide_probes, put_probes_back
 from eva_optax._transforms.options import check_decay, check_positive
-from eva_optax._transforms.state import CenterState, ConjugateState, SketchState, check_state
+from eva_optax._transforms.state import ConjugateState, SketchState, check_state
 
 
 def conjugate(
@@ -96,6 +88,7 @@ def conjugate(
     check_decay("conjugate", decay)
 
     check_decay("conjugate", sketch_decay)
+    check_positive("conjugate", every=every)
     kept = Damping(damping, relative)
     return in_coordinates("conjugate", lambda tree: inner, Whitened(kept, kept, every), decay, sketch_decay)
 
@@ -138,103 +131,6 @@ def center(inner: optax.GradientTransformation, *, decay: ArrayLike = 0.05) -> o
     return in_coordinates("center", lambda tree: inner, Centred(), decay)
 
 
-class Whitened(NamedTuple):
-    """Coordinates in which the mean input direction, or what a sketch knows, is whitened: R, there and back.
-
-    Attributes:
-      damping: of the one direction.
-      sketch_damping: of second moments.
-      every: how many steps the coordinates of a sketch are kept.
-    """
-
-    damping: Damping
-    sketch_damping: Damping
-    every: ArrayLike
-
-    curvature = OneSided(whitening=True, sketches=True)
-
-    def state(self, tree: Tree) -> type[ConjugateState | SketchState]:
-        """The type of the state for a tree of parameters or gradients."""
-        return SketchState if has_sketches(tree) else ConjugateState
-
-    def start(self, tree: Tree) -> tuple[Any, ...]:
-        """What the state holds beside averages."""
-        return (jnp.zeros((), jnp.int32), start_bases(tree)) if has_sketches(tree) else ()
-
-    def renew(self, step: Step, settled: list[tuple[Vectors, Array]], state: Any) -> tuple[tuple[Any, ...], list[Any]]:
-        """What the state holds after a step, and for each part the coordinates of its sketches, if it has any."""
-        if not isinstance(state, SketchState):
-            return (), [[] for _ in step.parts]
-        parts = [(part, *settled) for part, settled in zip(step.parts, settled, strict=True)]
-        chosen = renew(state.bases, parts, self.sketch_damping, state.count, self.every)
-        bases = {
-            layer.name: basis
-            for part, made in zip(step.parts, chosen, strict=True)
-            for layer, basis in zip(part.bucket.layers, made, strict=bool(made))
-        }
-        return (jnp.asarray(optax.safe_increment(state.count)), bases), chosen
-
-    def forward(self, part: Part, averages: Vectors, bases: list[Basis]) -> tuple[list[Gradient], Any, Array, Array]:
-        """R G of each layer, what `back` needs, the cosine of G and the mean input, and ⟨G, G⟩."""
-        layout = part.bucket.layout
-        if bases:
-            explained = jnp.stack([basis.explained for basis in bases])
-            shape = jnp.broadcast_shapes(part.used.shape, averages["s"].shape)
-            gg = jnp.stack([jnp.sum(gradient.kernel**2) for gradient in part.gradients])
-            gg = gg.reshape(-1, *(1,) * (part.used.ndim - 1))
-            return change(layout, part.gradients, bases), bases, explained.reshape(shape), gg
-        sums, along = self.curvature.read(layout, part.gradients, averages)
-        solution = self.curvature.solve(sums, self.damping)
-        # The identity where the product is not finite, so that what broke it passes as it is.
-        finite = jnp.isfinite(sums["square"])
-        weight, cosine = (jnp.where(finite, value, 0) for value in (solution.weight, solution.cosine))
-        changed = self.curvature.write(layout, part.gradients, averages, along, weight)
-        return changed, weight, cosine, sums["gg"]
-
-    def back(self, layout: Layout, updates: list[Gradient], averages: Vectors, carried: Any) -> list[Gradient]:
-        """R times each update."""
-        if isinstance(carried, list):
-            return change(layout, updates, carried)
-        along = column_products(layout, updates, averages["a"])
-        return self.curvature.write(layout, updates, averages, along, carried)
-
-
-class Centred:
-    """Coordinates in which the inputs of layers with a bias are centred."""
-
-    curvature = OneSided(whitening=True)
-
-    def state(self, tree: Tree) -> type[CenterState]:
-        """The type of the state."""
-        return CenterState
-
-    def start(self, tree: Tree) -> tuple[Any, ...]:
-        """Nothing beside averages."""
-        return ()
-
-    def renew(self, step: Step, settled: list[tuple[Vectors, Array]], state: Any) -> tuple[tuple[Any, ...], list[Any]]:
-        """Nothing: the means are all."""
-        return (), [None for _ in step.parts]
-
-    def forward(self, part: Part, averages: Vectors, bases: None) -> tuple[list[Gradient], Any, Array, Array]:
-        """G − μ gᵀ of each layer, what stands for weights and cosines, and ⟨g, g⟩: only layers with a bias count."""
-        changed = [
-            Gradient(kernel if bias is None else kernel - mean * bias, bias)
-            for (kernel, bias), mean in zip(part.gradients, unstack(averages["a"]), strict=True)
-        ]
-        started, biases = part.scalars.started, stack_biases(part.gradients)
-        gg = jnp.zeros_like(started) if biases is None else part.bucket.layout.total(biases * biases)
-        return changed, started, part.scalars.cosine, gg
-
-    def back(self, layout: Layout, updates: list[Gradient], averages: Vectors, carried: Any) -> list[Gradient]:
-        """Δβ = Δβ' − μᵀΔW."""
-        _, inputs = layout.sum_axes
-        return [
-            Gradient(kernel, None if bias is None else bias - jnp.sum(mean * kernel, inputs, keepdims=True))
-            for (kernel, bias), mean in zip(updates, unstack(averages["a"]), strict=True)
-        ]
-
-
 def _refuse_line_search(caller: str, *_: Any, **__: Any) -> None:
     raise ValueError(
         f"eva_optax.{caller}: a line search inside of it would go along an update in other coordinates than the loss "
@@ -266,19 +162,19 @@ def in_coordinates(
         return coordinates.state(tree)(*averages, inner_state, *coordinates.start(tree))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ConjugateState | SketchState]:
-        state_type = coordinates.state(take_apart(updates))
+        tree = take_apart(updates)
+        state_type = coordinates.state(tree)
         check_state(caller, state, state_type)
-        step = observe(caller, coordinates.curvature, updates, state, decay, sketch_decay)
+        step = observe(caller, coordinates.curvature, tree, state, decay, sketch_decay)
         leaves, ends, carried = list(step.tree.leaves), [], []
-        valid = [_is_valid(part) for part in step.parts]
-        averages = [keep_finite(is_valid, part.new, part.old) for part, is_valid in zip(step.parts, valid, strict=True)]
-        started = [is_valid | (part.scalars.started > 0) for part, is_valid in zip(step.parts, valid, strict=True)]
-        more, bases = coordinates.renew(step, list(zip(averages, started, strict=True)), state)
-        for part, is_valid, kept, basis in zip(step.parts, valid, averages, bases, strict=True):
+        valid = [is_valid(part) for part in step.parts]
+        averages = [keep_finite(good, part.new, part.old) for part, good in zip(step.parts, valid, strict=True)]
+        more, bases = coordinates.renew(step, averages, valid, state)
+        for part, good, kept, basis in zip(step.parts, valid, averages, bases, strict=True):
             changed, carry, cosine, gg = coordinates.forward(part, kept, basis)
             for layer, gradient in zip(part.bucket.layers, changed, strict=True):
                 layer.place(*gradient, leaves)
-            ends.append(part.settle(kept, is_valid, part.used & ~is_valid, cosine, gg, sketch_decay))
+            ends.append(part.settle(kept, good, part.used & ~good, cosine, gg, sketch_decay))
             carried.append(carry)
         inner = optax.with_extra_args_support(inner_of(updates))
         hidden = None if params is None else hide_probes(params)
@@ -297,12 +193,3 @@ def in_coordinates(
         return step.tree.rebuild(leaves), state_type(*step.kept.settle(caller, ends), inner_state, *more)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _is_valid(part: Part) -> Array:
-    """Which layers were used, and have finite statistics."""
-    if "s" not in part.new:
-        return part.used & jnp.isfinite(part.bucket.layout.total(part.new["a"] ** 2))
-    axes = [axis for axis, size in enumerate(part.used.shape) if axis > 0 and size == 1]
-    finite = [jnp.isfinite(jnp.sum(jnp.square(average), axes, keepdims=True)) for average in part.new.values()]
-    return part.used & reduce(jnp.logical_and, finite)

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from eva_optax._probes.layers import layer_names, take_apart
 from eva_optax._probes.layout import find_stacked
 from eva_optax._probes.probe import COUNTER, Path, is_probe
-from eva_optax._transforms.state import CenterState, ConjugateState, Scalars, ScaleByEvaState, SketchState
+from eva_optax._transforms.kept import Scalars
+from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, SketchState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,6 +21,7 @@ from eva_optax._probes.vectors import Scales
 from eva_optax._transforms.averages import Vectors, keep_finite, update_moving_average, update_weighted_average
 from eva_optax._transforms.buckets import Bucket, fill_buckets
 from eva_optax._transforms.centralized import are_centralized
+from eva_optax._transforms.kept import End, Kept, Scalars, start_state
 from eva_optax._transforms.options import (
     check_decay,
     check_names,
@@ -29,7 +30,7 @@ from eva_optax._transforms.options import (
     check_probes,
     check_updates,
 )
-from eva_optax._transforms.state import End, Kept, Scalars, ScaleByEvaState, check_state, start_state
+from eva_optax._transforms.state import ScaleByEvaState, check_state
 from eva_optax._transforms.step_size import StepRule, check_step_rule, layer_factor, shared_factor
 
 Rate = ArrayLike | Callable[[Array], ArrayLike]
@@ -56,7 +57,7 @@ def precondition(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByEvaState]:
         del params
         check_state(caller, state, ScaleByEvaState)
-        step = observe(caller, curvature, updates, state, decay)
+        step = observe(caller, curvature, take_apart(updates), state, decay)
         reads = [_read(curvature, damping, part) for part in step.parts]
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         shared = step_rule not in ("none", "layer_grad_norm")
@@ -134,7 +135,7 @@ class Step(NamedTuple):
 
 
 def observe(
-    caller: str, curvature: Curvature, updates: Any, state: Any, decay: ArrayLike, sketch_decay: ArrayLike = 0.0
+    caller: str, curvature: Curvature, tree: Tree, state: Any, decay: ArrayLike, sketch_decay: ArrayLike = 0.0
 ) -> Step:
     """Finds the layers of a tree of gradients, and takes their statistics into the running averages.
 
@@ -143,7 +144,6 @@ def observe(
     Raises:
       ValueError: if there are none, or the state does not fit.
     """
-    tree = take_apart(updates)
     if curvature.statistics:
         check_updates(caller, tree, curvature.statistics)
     layers = _layers(curvature, tree)
