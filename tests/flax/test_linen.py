@@ -90,7 +90,9 @@ def test_outputs_and_updated_collections_are_those_of_the_untapped_model(case: M
 
 @every_model
 def test_gradients_are_those_of_the_untapped_model(case: ModelCase) -> None:
-    assert_identical(eva_optax.strip(tapped(case).grads), untapped(case).grads)
+    # A compiler may round what it fuses with the sums of a tapped layer otherwise: the standardisation of the next one.
+    compare = assert_close if case.name == "layers that are skipped" else assert_identical
+    compare(eva_optax.strip(tapped(case).grads), untapped(case).grads)
 
 
 @every_model

@@ -129,7 +129,7 @@ def test_stacked_layers_are_told_by_an_example_too() -> None:
         assert {name: v.shape for name, v in model.layers.kronecker["w"].items()} == {
             "a": (2, 3, 1),
             "b": (2, 1, 3),
-            "n": (2, 1, 2),
+            "n": (2, 1, 4),
         }
         vectors = eva_optax.vectors(jit(nnx.grad(lambda m: curved(m(X))))(model))
     np.testing.assert_allclose(vectors["layers"].a[0, :, 0], X.mean(0), rtol=1e-5)
