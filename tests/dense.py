@@ -123,12 +123,14 @@ def probe(a: Any, b: Any, counter: tuple[int, ...], calls: float = 1.0) -> dict[
     `counter` has the axes of the bias, or of the kernel without one, all 1 but for stacks; the last 1 becomes
     the numbers.
     """
-    a, b = jnp.asarray(a), jnp.asarray(b)
+    # In NumPy: op by op, JAX would compile each of these for each shape.
+    a, b = np.asarray(jnp.asarray(a)), np.asarray(jnp.asarray(b))
     own = max(axis for axis, size in enumerate(counter) if size == 1)
-    numbers = jnp.array([calls * UNIT, calls * 2.0**-28, 0, 0], a.dtype)
+    numbers = np.array([calls * UNIT, calls * 2.0**-28, 0, 0], a.dtype)
     numbers = numbers.reshape([4 if axis == own else 1 for axis in range(len(counter))])
-    n = jnp.broadcast_to(numbers, [4 if axis == own else size for axis, size in enumerate(counter)])
-    return {"a": a * calls * UNIT, "b": b * UNIT, "n": n}
+    n = np.broadcast_to(numbers, [4 if axis == own else size for axis, size in enumerate(counter)])
+    scales = a.dtype.type(calls * UNIT), b.dtype.type(UNIT)
+    return {"a": jnp.asarray(a * scales[0]), "b": jnp.asarray(b * scales[1]), "n": jnp.asarray(n)}
 
 
 def gradients(kernel: Any, bias: Any | None, a: Any, b: Any, counter: tuple[int, ...]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -139,6 +140,7 @@ def check(tree, rank: int, tokens: bool, seed: int) -> None:
     assert_preconditioned(grads, updates, damping=0.1)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking compiles hundreds of models
 @given(tree=trees, rank=st.integers(1, 2), tokens=st.booleans(), seed=st.integers(0, 2**16))
 def test_random_module_trees_keep_every_promise(tree, rank, tokens, seed):
@@ -149,6 +151,7 @@ def test_a_tree_of_every_layer_keeps_every_promise():
     check(("residual", tuple(LEAVES)), 2, True, 0)
 
 
+@pytest.mark.slow
 def test_a_tree_of_every_branch_keeps_every_promise():
     inner = ("convolution", "optimized lstm")
     check(("sequence", tuple((kind, inner) for kind in BRANCHES)), 1, False, 1)

@@ -17,6 +17,7 @@ def as_a_user():
     jax.config.update("jax_numpy_rank_promotion", before)
 
 
+@pytest.mark.slow
 def test_every_optimizer_brings_the_network_closer_to_the_known_solution(as_a_user, monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     import physics

@@ -115,6 +115,7 @@ def test_two_processes_equal_one(one_process, two_processes):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6 * max(1.0, float(np.abs(theirs).max())))
 
 
+@pytest.mark.slow
 def test_two_processes_killed_in_mid_run_end_where_an_undisturbed_run_ends(tmp_path, two_processes):
     bereft, killed = start(tmp_path, processes=2, devices=2, die_at={1: 10})
     killed.communicate(timeout=240)

@@ -92,7 +92,12 @@ def test_linen(case: RealModel):
     check_step(case, eva_optax.coverage(tapped, *case.inputs), got, untapped, updates)
 
 
-@pytest.mark.parametrize("case", NNX, ids=str)
+QUICK = ("decoder", "mixture of experts")  # the others differ from Linen's in names; with `pytest -m slow`
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case.name in QUICK else pytest.mark.slow) for case in NNX], ids=str
+)
 def test_nnx(case: RealModel):
     example = case.inputs if case.name == "mixture of experts" else ()
 

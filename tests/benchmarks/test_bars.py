@@ -114,6 +114,7 @@ def test_every_bar_was_measured_at_least_once():
         assert [bar.what for bar in bars if bar.value(rows) is None] == []
 
 
+@pytest.mark.slow
 def test_the_program_measures_only_what_is_missing(tmp_path):
     arguments = ("--target", "cpu", "--size", "tiny", "--cases", "mlp", "--repetitions", "2", "--devices", "1 device")
     first = run_benchmark(tmp_path, *arguments, "--optimizers", "eva")

