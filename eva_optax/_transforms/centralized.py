@@ -15,23 +15,29 @@ _CENTRED = 1e-9
 _MOST = 4
 
 
-def are_centralized(caller: str, mean_inputs: Sequence[Array], used: Sequence[Array]) -> Array | None:
+def are_centralized(
+    caller: str, mean_inputs: Sequence[Array], used: Sequence[Array], gradients: Sequence[Array]
+) -> Array | None:
     """Whether the rows of mean inputs, of some if they are many, sum to zero; None for a single one: it may by chance.
 
     Args:
       caller: for the message.
       mean_inputs: stacked along a new first axis, in one array or several.
       used: which of the layers were used in this step.
+      gradients: of the layers' kernels. Inputs of zero have a mean of zero too, but leave no gradient: the smallest
+        that is more than one column, which would itself be centred away, tells.
 
     Raises:
       ValueError: if it is so, and the values are known (not under `jit`).
     """
-    if sum(map(len, mean_inputs)) < 2:
+    told = [gradient for gradient in gradients if gradient.size > len(gradient)]
+    if sum(map(len, mean_inputs)) < 2 or not told:
         return None
     some = slice(_MOST)
     found = jnp.zeros((), bool)
     for each in used[some]:
         found = found | each.any()
+    found = found & jnp.any(min(told, key=lambda gradient: gradient.size) != 0)
     for a in mean_inputs[some]:
         rows = jnp.sum(a, range(2, a.ndim))
         squares = jnp.sum(jnp.square(a))

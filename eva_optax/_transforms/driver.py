@@ -176,7 +176,8 @@ def _statistics(
     stacks = zip(buckets, names, strict=True)
     found = [{name: bucket.stacked(tree.leaves, name) for name in averages} for bucket, averages in stacks]
     scales = [bucket.scales(tree.leaves, vectors) for bucket, vectors in zip(buckets, found, strict=True)]
-    spoiled = are_centralized(caller, [vectors["a"] for vectors in found], [scale.used for scale in scales])
+    kernels = [tree.leaves[layer.kernel] for bucket in buckets for layer in bucket.layers]
+    spoiled = are_centralized(caller, [vectors["a"] for vectors in found], [scale.used for scale in scales], kernels)
     if spoiled is None:
         return found, list(scales)
     return found, [scale._replace(mean=jnp.where(spoiled, jnp.nan, scale.mean)) for scale in scales]
