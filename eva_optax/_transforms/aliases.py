@@ -75,10 +75,11 @@ def eva_adamw(
     check_decay("eva_adamw", decay)
     check_decay("eva_adamw", sketch_decay)
     check_positive("eva_adamw", every=every)
-    kept = Damping(damping, relative)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     return optax.chain(
-        in_coordinates("eva_adamw", lambda tree: adam, Whitened(kept, kept, every), decay, sketch_decay),
+        in_coordinates(
+            "eva_adamw", lambda tree: adam, Whitened(Damping(damping, relative), every), decay, sketch_decay
+        ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -153,7 +154,6 @@ def eva_muon(
     check_positive("eva_muon", damping=damping)
     check_decay("eva_muon", sketch_decay)
     check_positive("eva_muon", every=every)
-    kept = Damping(damping, relative)
     check_decay("eva_muon", decay)
     muon = partial(
         scale_by_muon,
@@ -169,7 +169,7 @@ def eva_muon(
         adam_eps_root=adam_eps_root,
     )
     return optax.chain(
-        in_coordinates("eva_muon", muon, Whitened(kept, kept, every), decay, sketch_decay),
+        in_coordinates("eva_muon", muon, Whitened(Damping(damping, relative), every), decay, sketch_decay),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -26,13 +26,11 @@ class Whitened(NamedTuple):
     """Coordinates in which the mean input direction, or what a sketch knows, is whitened: R, there and back.
 
     Attributes:
-      damping: of the one direction.
-      sketch_damping: of second moments.
+      damping: of the one direction, and of second moments.
       every: how many steps the coordinates of a sketch are kept.
     """
 
     damping: Damping
-    sketch_damping: Damping
     every: ArrayLike
 
     curvature = OneSided(whitening=True, sketches=True)
@@ -53,7 +51,7 @@ class Whitened(NamedTuple):
             return (), [[] for _ in step.parts]
         started = [good | (part.scalars.started > 0) for part, good in zip(step.parts, valid, strict=True)]
         parts = list(zip(step.parts, averages, started, strict=True))
-        chosen = renew(state.bases, parts, self.sketch_damping, state.count, self.every)
+        chosen = renew(state.bases, parts, self.damping, state.count, self.every)
         bases = {
             layer.name: basis
             for part, made in zip(step.parts, chosen, strict=True)

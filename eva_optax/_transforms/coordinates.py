@@ -89,8 +89,9 @@ def conjugate(
 
     check_decay("conjugate", sketch_decay)
     check_positive("conjugate", every=every)
-    kept = Damping(damping, relative)
-    return in_coordinates("conjugate", lambda tree: inner, Whitened(kept, kept, every), decay, sketch_decay)
+    return in_coordinates(
+        "conjugate", lambda tree: inner, Whitened(Damping(damping, relative), every), decay, sketch_decay
+    )
 
 
 def center(inner: optax.GradientTransformation, *, decay: ArrayLike = 0.05) -> optax.GradientTransformationExtraArgs:
