@@ -66,7 +66,10 @@ def _refuse_foreign(foreign: Array, count: Array, ratio: Array, names: tuple[str
         " Something before Eva changes gradients entry by entry (Adam, sign, noise)."
     )
     if float(count.ravel()[index]) < 0:
-        cause = "its count of calls is negative. An optimizer before Eva has applied its learning rate, with the sign."
+        cause = (
+            "its count of calls is negative. An optimizer before Eva has applied its learning rate, with the sign; or "
+            "gradients were negated to maximise: negate the loss, or what comes behind Eva."
+        )
     raise ValueError(
         f"eva_optax: what layer {name!r} has below {KRONECKER!r} is not the gradient of a probe: {cause} "
         "Put Eva first: optax.chain(eva_optax.scale_by_eva(), optax.adam(1e-3)). Before it only linear operations make "
