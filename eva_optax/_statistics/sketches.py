@@ -3,7 +3,7 @@
 import jax
 from jax import Array
 
-# Running averages do the rest: more rows a step change little in training (docs/convergence.md).
+# Running averages see other rows at each step.
 ROWS = 512
 IMAGES = 4
 
