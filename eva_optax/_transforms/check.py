@@ -7,9 +7,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from eva_optax._probes.layers import layer_names, take_apart
-from eva_optax._probes.probe import COUNTER, Path, is_probe
-from eva_optax._transforms.diagnostics import find_states
+from eva_optax._probes.probe import COUNTER
+from eva_optax._transforms.diagnostics import averages_by_layer, find_states
 from eva_optax._transforms.state import ConjugateState, ScaleByEvaState, SketchState
 from eva_optax._transforms.untapped import UNTAPPED
 
@@ -88,12 +87,7 @@ def _skipped_message(state: ScaleByEvaState | ConjugateState | SketchState, skip
 
 def _never_averaged(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[str]:
     """The names of the layers that have no average in a state."""
-    tree = take_apart(state.vectors)
-    layers: dict[Path, dict[str, Any]] = {}
-    for path, leaf in tree.items():
-        place, name = (path[:-1], path[-1]) if is_probe(path) else (path, "means")
-        layers.setdefault(place, {})[name] = leaf
-    names = layer_names(path for path in layers if is_probe(path))
+    layers, names = averages_by_layer(state)
     (scalars,) = jax.device_get(jax.tree.leaves(state.scalars))
     plain = iter(np.moveaxis(scalars, -1, 0)[: scalars.shape[-1] // 2])
     for path, averages in layers.items():

@@ -163,17 +163,21 @@ def _unboxed(state: Any) -> Any:
     return state._replace(**{name: jax.tree.leaves(getattr(state, name))[0] for name in single})
 
 
+def averages_by_layer(state: Any) -> tuple[dict[Path, dict[str, Array]], dict[Path, str]]:
+    """The averages in a state by place and name, those of Eva-s under "means"; and the names of tapped layers."""
+    layers: dict[Path, dict[str, Array]] = {}
+    for path, leaf in take_apart(state.vectors).items():
+        place, name = (path[:-1], path[-1]) if is_probe(path) else (path, "means")
+        layers.setdefault(place, {})[name] = leaf
+    return layers, layer_names(path for path in layers if is_probe(path))
+
+
 def _report(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[tuple[str, Array]]:
     if isinstance(state, ScaleByEvaState):
         yield "nu", state.nu
     yield "skipped", state.skipped
     yield "untapped", state.untapped
-    tree = take_apart(state.vectors)
-    layers: dict[Path, dict[str, Array]] = {}
-    for path, leaf in tree.items():
-        place, name = (path[:-1], path[-1]) if is_probe(path) else (path, "means")
-        layers.setdefault(place, {})[name] = leaf
-    names = layer_names(path for path in layers if is_probe(path))
+    layers, names = averages_by_layer(state)
     cosines = iter(state.scalars[len(state.scalars) // 2 :])
     for path, averages in layers.items():
         counter = averages.pop(COUNTER, None)
