@@ -9,6 +9,7 @@ from eva_optax._curvature.curvature import Averages, Damping, Gradient
 from eva_optax._curvature.nystrom import Basis, whiten
 from eva_optax._probes.directions import directions
 from eva_optax._probes.layout import Layout
+from eva_optax._probes.probe import MOMENT, TRACE
 from eva_optax._probes.sketch_axes import SketchAxes
 
 
@@ -25,10 +26,10 @@ def whitening(layout: Layout, has_bias: bool, averages: Averages, damping: Dampi
     axes = SketchAxes.of(layout)
     stack, batch = len(averages["a"]), axes.sizes(axes.batch)
     a = axes.to_matrices(averages["a"].reshape(stack, *axes.shape, 1))[..., 0]
-    square = jnp.broadcast_to(averages["s"].reshape(stack, *batch), (stack, *batch)).ravel()
+    square = jnp.broadcast_to(averages[TRACE].reshape(stack, *batch), (stack, *batch)).ravel()
     sketch = omega = None
-    if "y" in averages:
-        sketch = axes.to_matrices(axes.unfold(averages["y"], layout.split_shape(layout.a)))
+    if MOMENT in averages:
+        sketch = axes.to_matrices(axes.unfold(averages[MOMENT], layout.split_shape(layout.a)))
         omega = directions(axes.sizes(axes.inputs), sketch.shape[-1], sketch.dtype).reshape(sketch.shape[1:])
     one = jax.vmap(lambda y, a, s: whiten(y, omega, a, s, has_bias, damping), (None if sketch is None else 0, 0, 0))
     basis = one(sketch, a, square)

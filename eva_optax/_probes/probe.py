@@ -123,7 +123,8 @@ STATISTICS = {
     "y": Statistic(True, _sketch_of, _sketch_shape),
     "s": Statistic(True, lambda linear_map, x, _: linear_map.mean_square(x), _trace_shape),
 }
-VECTORS, SKETCH = ("a", "b"), ("y", "s")
+VECTORS = ("a", "b")
+MOMENT, TRACE = SKETCH = ("y", "s")  # the trace is there wherever second moments are looked at
 _RANK = "rank="  # what is collected is told by names; the rank of sketches is one of them
 
 

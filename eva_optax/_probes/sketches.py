@@ -7,7 +7,7 @@ from jax import Array
 
 from eva_optax._probes.directions import directions
 from eva_optax._probes.layers import take_apart
-from eva_optax._probes.probe import COUNTER, accumulator
+from eva_optax._probes.probe import COUNTER, MOMENT, TRACE, accumulator
 from eva_optax._probes.sketch_axes import SketchAxes
 from eva_optax._probes.vectors import read_counters
 
@@ -61,17 +61,19 @@ def sketches(grads: Any) -> dict[str, Sketch]:
     tree = take_apart(grads)
     found = {}
     for layer in tree.layers:
-        if "s" not in layer.shapes:
+        if TRACE not in layer.shapes:
             continue
         layout, axes = layer.layout, SketchAxes.of(layer.layout)
         leaves = {name: jnp.asarray(tree.leaves[place])[None] for name, place in layer.probe.items()}
         leaves = {name: leaf.astype(accumulator(leaf.dtype)) for name, leaf in leaves.items()}
         mean = read_counters(layout.counter_to_kernel_axes(leaves[COUNTER]), {}, (layer.name,)).moment
-        trace = (mean * leaves["s"].reshape(1, *layout.split_shape(layer.shapes["s"]))).reshape(axes.sizes(axes.batch))
+        trace = (mean * leaves[TRACE].reshape(1, *layout.split_shape(layer.shapes[TRACE]))).reshape(
+            axes.sizes(axes.batch)
+        )
         omega = jnp.zeros((*axes.sizes(axes.inputs), 0), trace.dtype)
         moment = jnp.zeros((*axes.sizes(axes.batch + axes.inputs), 0), trace.dtype)
-        if "y" in leaves:
-            sketch = mean * leaves["y"].reshape(1, *layout.split_shape(layer.shapes["y"]))
+        if MOMENT in leaves:
+            sketch = mean * leaves[MOMENT].reshape(1, *layout.split_shape(layer.shapes[MOMENT]))
             matrices = axes.to_matrices(axes.unfold(sketch, layout.split_shape(layout.a)))
             moment = matrices.reshape(*axes.sizes(axes.batch + axes.inputs), matrices.shape[-1])
             omega = directions(axes.sizes(axes.inputs), moment.shape[-1], moment.dtype)

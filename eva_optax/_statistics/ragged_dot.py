@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._probes.directions import directions
-from eva_optax._probes.probe import Probe, Shape, accumulator
+from eva_optax._probes.probe import MOMENT, TRACE, Probe, Shape, accumulator
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.einsum import Contraction
 from eva_optax._statistics.equation import parse_equation, split_terms
@@ -100,9 +100,9 @@ def tap_ragged(linear_map: RaggedDot, has_bias: bool, probe: Probe, x: Array, y:
     sums = jax.ops.segment_sum(jax.lax.stop_gradient(x).astype(dtype), expert, experts, indices_are_sorted=True)
     rows = jnp.maximum(group_sizes, 1).astype(dtype)
     means, rule = sums / rows.reshape(-1, *(1,) * (x.ndim - 1)), linear_map.expert
-    if "s" in probe:
+    if TRACE in probe:
         rule = _Expert(rule.kernel_shape, "i", "io", "o", positions="")
-        rank = probe["y"].shape[-1] if "y" in probe else 0
+        rank = probe[MOMENT].shape[-1] if MOMENT in probe else 0
         means = jnp.concatenate([means, *_second_moments(x.astype(dtype), group_sizes, expert, rows[:, None], rank)], 1)
     # An expert without rows counts as not used. The probe's values do not matter, its cotangent is what is scaled.
     used = group_sizes > 0

@@ -13,13 +13,11 @@ from eva_optax._curvature.curvature import Damping
 from eva_optax._curvature.nystrom import Basis
 from eva_optax._curvature.sketched import choose, identity, whitening
 from eva_optax._probes.layers import Layer, Tree
-from eva_optax._probes.probe import accumulator
+from eva_optax._probes.probe import MOMENT, TRACE, accumulator
 from eva_optax._probes.sketch_axes import SketchAxes
 from eva_optax._probes.tap import replicate, shard_like
 from eva_optax._transforms.averages import Vectors
 from eva_optax._transforms.driver import Part
-
-TRACE = "s"  # where it is collected, there are the coordinates of a sketch
 
 
 def is_sketched(layer: Layer) -> bool:
@@ -37,7 +35,7 @@ def start_bases(tree: Tree) -> dict[str, Basis]:
     bases = {}
     for layer in filter(is_sketched, tree.layers):
         axes = SketchAxes.of(layer.layout)
-        columns = math.prod(layer.shapes["y"]) // math.prod(layer.shapes["a"]) if "y" in layer.shapes else 0
+        columns = math.prod(layer.shapes[MOMENT]) // math.prod(layer.shapes["a"]) if MOMENT in layer.shapes else 0
         dtype = accumulator(tree.leaves[layer.kernel].dtype)
         bases[layer.name] = identity(axes, columns, layer.bias is not None, dtype)
     return bases

@@ -15,6 +15,7 @@ from eva_optax._curvature.sketched import change
 from eva_optax._curvature.sums import column_products, stack_biases
 from eva_optax._probes.layers import Tree
 from eva_optax._probes.layout import Layout
+from eva_optax._probes.probe import TRACE
 from eva_optax._probes.stacking import unstack
 from eva_optax._transforms.averages import Vectors
 from eva_optax._transforms.bases import has_sketches, renew, start_bases
@@ -64,7 +65,7 @@ class Whitened(NamedTuple):
         layout = part.bucket.layout
         if bases:
             explained = jnp.stack([basis.explained for basis in bases])
-            shape = jnp.broadcast_shapes(part.used.shape, averages["s"].shape)
+            shape = jnp.broadcast_shapes(part.used.shape, averages[TRACE].shape)
             gg = jnp.stack([jnp.sum(gradient.kernel**2) for gradient in part.gradients])
             gg = gg.reshape(-1, *(1,) * (part.used.ndim - 1))
             return change(layout, part.gradients, bases), bases, explained.reshape(shape), gg
@@ -124,7 +125,7 @@ class Centred:
 
 def is_valid(part: Part) -> Array:
     """Which layers were used, and have finite statistics."""
-    if "s" not in part.new:
+    if TRACE not in part.new:
         return part.used & jnp.isfinite(part.bucket.layout.total(part.new["a"] ** 2))
     axes = [axis for axis, size in enumerate(part.used.shape) if axis > 0 and size == 1]
     finite = [jnp.isfinite(jnp.sum(jnp.square(average), axes, keepdims=True)) for average in part.new.values()]

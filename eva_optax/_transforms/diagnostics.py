@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from eva_optax._probes.layers import layer_names, take_apart
 from eva_optax._probes.layout import find_stacked
-from eva_optax._probes.probe import COUNTER, Path, is_probe
+from eva_optax._probes.probe import COUNTER, MOMENT, TRACE, Path, is_probe
 from eva_optax._transforms.kept import Scalars
 from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, SketchState
 
@@ -196,14 +196,14 @@ def _report(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[t
         for index, position in enumerate(np.ndindex(*sizes)):
             key = f"{names[path]}[{','.join(map(str, position))}]" if stacked else names[path]
             for name, average in averages.items():
-                if name == "y":
+                if name == MOMENT:
                     continue
                 chosen = dict(zip([axis for _, axis in stacked], position, strict=True))
                 part = average[tuple(chosen.get(axis, slice(None)) for axis in range(average.ndim))]
-                if name == "s":
+                if name == TRACE:
                     yield f"{key}/trace".removeprefix("/"), jnp.sum(part)
                 else:
                     yield f"{key}/norm_{name}".removeprefix("/"), jnp.linalg.norm(part.ravel())
             if not isinstance(state, CenterState):
-                share = "explained" if "s" in averages else "cosine"
+                share = "explained" if TRACE in averages else "cosine"
                 yield f"{key}/{share}".removeprefix("/"), cosine[index]

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from eva_optax._curvature.curvature import Curvature, Damping, Gradient, Solution
 from eva_optax._probes.layers import Layer, Tree, take_apart
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import is_probe
+from eva_optax._probes.probe import TRACE, is_probe
 from eva_optax._probes.stacking import stack, unstack
 from eva_optax._probes.vectors import Scales
 from eva_optax._transforms.averages import Vectors, keep_finite, update_moving_average, update_weighted_average
@@ -117,7 +117,7 @@ class Part(NamedTuple):
         self, averages: Vectors, valid: Array, skipped: Array, cosine: Array, gg: Array, sketch_decay: ArrayLike = 0.0
     ) -> End:
         """Ends the step, once it is known what is valid and what was skipped; `gg` is 0 without a gradient."""
-        weight = sketch_decay * self.scalars.started + 1 if "s" in averages else 1
+        weight = sketch_decay * self.scalars.started + 1 if TRACE in averages else 1
         started = jnp.where(valid, weight, self.scalars.started).astype(cosine.dtype)
         unseen = ~self.used & (gg != 0)
         if started.shape != cosine.shape:  # what is counted as one
@@ -158,7 +158,7 @@ def observe(
             observed = [curvature.observe(gradient) for gradient in gradients]
             of_step = {name: stack([each[name] for each in observed]) for name in old}
         used = jnp.ones_like(scalars.started, bool) if scale is None else scale.used
-        if "s" in old:
+        if TRACE in old:
             averages = update_weighted_average(of_step, old, scalars.started, scale, sketch_decay)
         else:
             averages = update_moving_average(of_step, old, scalars.started, scale, decay)
