@@ -63,8 +63,8 @@ def whiten(
         return jnp.sqrt(floor / (eigenvalue + shift))
 
     scale = shrink(rest)
-    # Where the approximation is above what is left on average: elsewhere nothing is known of a direction.
-    part = jnp.maximum(1 - shrink(jnp.maximum(values, rest)) / scale, 0)
+    # A direction below what is left on average is not known: it is treated as the rest.
+    part = jnp.maximum(1 - shrink(values) / scale, 0)
     vectors = vectors * jnp.sqrt(part)[None]
     explained = jnp.sum(values) / jnp.where(trace > 0, trace, 1)
     scale += 0 * jnp.sum(vectors)  # not finite where one of them is not

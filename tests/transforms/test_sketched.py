@@ -74,6 +74,37 @@ def test_broken_statistics_hold_averages_and_directions(tapped):
     assert_close(updates["layers_0"]["kernel"], clean["layers_0"]["kernel"], 1e-5)
 
 
+def test_what_is_no_second_moment_leaves_the_directions_as_they_were():
+    """Finite, but negative: its Cholesky factor is not finite."""
+    model = eva_optax.tap(NETWORK, rank=3)
+    params = model.init(jax.random.key(0), X)["params"]
+    tx = eva_optax.conjugate(optax.identity(), every=1, sketch_decay=0.0)
+    update, grads = jax.jit(tx.update), gradient(model, params)
+    _, state = update(grads, tx.init(params))
+    probe = grads["layers_0"]["kronecker"]["kernel,bias"]
+    negative = {**grads, "layers_0": {**grads["layers_0"], "kronecker": {"kernel,bias": {**probe, "y": -probe["y"]}}}}
+    updates, after = update(negative, state)
+    assert_identical(after.bases["layers_0"], state.bases["layers_0"])
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
+
+
+def test_inputs_that_cancel_have_no_mean_but_a_second_moment():
+    """Behind BatchNorm a layer without a bias has rounding noise for a mean; its inputs are whitened all the same."""
+    model = eva_optax.tap(nn.Sequential([nn.BatchNorm(use_running_average=False), nn.Dense(3, use_bias=False)]), rank=3)
+    x = np.random.default_rng(0).normal(3, 1, (64, 5)).astype(np.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+
+    def loss(params):
+        return jnp.sin(model.apply({"params": params}, x, mutable=["batch_stats"])[0]).mean()
+
+    tx = eva_optax.conjugate(optax.identity())
+    _, state = first_update(tx, jax.grad(loss)(params))
+    held = state.vectors["layers_1"]["kronecker"]["kernel"]
+    assert not np.any(held["a"])
+    np.testing.assert_allclose(held["s"].ravel(), 5, rtol=1e-3)  # five features of variance one
+    assert np.any(state.bases["layers_1"].kernel)
+
+
 def test_a_layer_that_is_not_used_keeps_the_identity():
     class Two(nn.Module):
         @nn.compact
