@@ -67,7 +67,6 @@ def whiten(
     part = jnp.maximum(1 - shrink(values) / scale, 0)
     vectors = vectors * jnp.sqrt(part)[None]
     explained = jnp.sum(values) / jnp.where(trace > 0, trace, 1)
-    scale += 0 * jnp.sum(vectors)  # not finite where one of them is not
     return Basis(vectors[: len(mean)], vectors[-1] if has_bias else None, scale, explained)
 
 
