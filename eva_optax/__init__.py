@@ -8,6 +8,7 @@ from eva_optax._flax.functions import coverage, tap, tapping
 from eva_optax._flax.raw_convolutions import tap_conv
 from eva_optax._flax.raw_parameters import tap_einsum, tap_ragged_dot
 from eva_optax._flax.registry import Registration, register
+from eva_optax._probes.factors import Factors, factors, merge_factors
 from eva_optax._probes.sketches import Sketch, sketches
 from eva_optax._probes.vectors import KroneckerVectors, vectors
 from eva_optax._transforms.aliases import eva_adamw, eva_muon
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CenterState",
     "ConjugateState",
+    "Factors",
     "KroneckerVectors",
     "Registration",
     "ScaleByEvaState",
@@ -41,6 +43,8 @@ __all__ = [
     "eva_f",
     "eva_muon",
     "eva_s",
+    "factors",
+    "merge_factors",
     "plot_diagnostics",
     "register",
     "scale_by_eva",

@@ -111,6 +111,10 @@ def _attach_nnx(
     embeddings: bool = False,
     statistics: Sequence[str] = VECTORS,
     rank: int | None = None,
+    factors: str | None = None,
+    max_dim: int = 8192,
+    sharing: str = "expand",
+    factor_rows: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """`attach` for the state of an NNX model."""
@@ -119,8 +123,9 @@ def _attach_nnx(
     from eva_optax._flax.nnx import tap_module
 
     tapped = nnx.clone(model)
-    if args or kwargs or embeddings or rank is not None or not has_probes(nnx.state(model)):
-        tap_module("attach", tapped, embeddings, check_statistics("attach", statistics, rank), args, kwargs)
+    collected = check_statistics("attach", statistics, rank, factors, max_dim, sharing, factor_rows)
+    if args or kwargs or embeddings or rank is not None or factors or not has_probes(nnx.state(model)):
+        tap_module("attach", tapped, embeddings, collected, args, kwargs)
     state: Any = nnx.state(tapped)
     if isinstance(params, nnx.State):
         probes = {path: leaf for path, leaf in nnx.to_flat_state(state) if KRONECKER in path}

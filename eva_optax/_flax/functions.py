@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from eva_optax._probes.probe import VECTORS, check_statistics
+from eva_optax._probes.switch import Flag, check_flag, forming_factors
 
 if TYPE_CHECKING:
     from eva_optax._flax.coverage import Coverage
@@ -18,6 +19,10 @@ def tap(
     statistics: Sequence[str] = VECTORS,
     partial: bool = False,
     rank: int | None = None,
+    factors: str | None = None,
+    max_dim: int = 8192,
+    sharing: str = "expand",
+    factor_rows: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Returns an object to use in the place of `model`, whose gradients carry the Kronecker vectors.
@@ -40,6 +45,13 @@ def tap(
       rank: also collect a sketch of the second moment of each layer's input, of so many vectors (16, say), and its
         trace: `conjugate`, `eva_adamw` and `eva_muon` then whiten so many directions, see `sketches`; 0 for the trace
         alone, which tells them how to damp their one direction. A layer of fewer inputs collects its full moment.
+      factors: also collect the second moment of each layer's inputs ("input"), for `scale_by_foof` and for `conjugate`
+        and its kin, or that of the cotangents of its outputs too ("both"), for `scale_by_kfac`; see `factors`.
+      max_dim: a side of more inputs, or outputs, than this keeps its vector instead of a matrix.
+      sharing: what the rows of matrices are where a kernel is used at several positions: "expand", each position is
+        one; "reduce", the mean of a sample's inputs, and the sum of its cotangents, are one. Samples are the first
+        axis.
+      factor_rows: make matrices of about so many rows, those of every so many positions or examples; all by default.
       partial: for a Linen model: whether some of its layers may stay without a probe while others have one, as those of
         a frozen part whose parameters were loaded. In NNX tap the parts that are to be tapped.
       **kwargs: likewise.
@@ -70,7 +82,7 @@ def tap(
       >>> sorted(nnx.state(model, nnx.Param))
       ['bias', 'kernel', 'kronecker']
     """
-    collected = check_statistics("tap", statistics, rank)
+    collected = check_statistics("tap", statistics, rank, factors, max_dim, sharing, factor_rows)
     if is_nnx_module(model):
         from eva_optax._flax.nnx import tap_module
 
@@ -109,6 +121,10 @@ def tapping(
     embeddings: bool = False,
     statistics: Sequence[str] = VECTORS,
     rank: int | None = None,
+    factors: str | Flag | None = None,
+    max_dim: int = 8192,
+    sharing: str = "expand",
+    factor_rows: int | None = None,
     partial: bool = False,
 ) -> AbstractContextManager[Any]:
     """A context manager in which every Linen `init` and `apply` is tapped, for code that calls them itself.
@@ -117,10 +133,18 @@ def tapping(
     does. A function that was jitted and run before, and is called inside the context, stays untapped, which
     `check` finds.
 
+    With `factors=flag`, a bool or a traced scalar of one, it says instead whether the taps inside form the matrices
+    that they have probes for, of a Linen model or an NNX model that is tapped by `tap(model, factors=...)`. A step
+    without has the matrix products of the untapped program; `scale_by_foof` and its kin then go on with their averages.
+
     Args:
       embeddings: as for `tap`.
       statistics: as for `tap`.
       rank: as for `tap`.
+      factors: as for `tap`; or a flag, see above.
+      max_dim: as for `tap`.
+      sharing: as for `tap`.
+      factor_rows: as for `tap`.
       partial: as for `tap`.
 
     Returns:
@@ -139,10 +163,20 @@ def tapping(
       ...     return jax.grad(lambda p: model.apply({"params": p}, x).sum())(params)
       >>> sorted(eva_optax.vectors(gradient(params)))
       ['']
+      >>> model = eva_optax.tap(nn.Dense(2), factors="input")
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> @jax.jit
+      ... def gradient(params, step):
+      ...   with eva_optax.tapping(factors=step % 10 == 0):
+      ...     return jax.grad(lambda p: model.apply({"params": p}, x).sum())(params)
+      >>> [float(eva_optax.factors(gradient(params, step))[""].A.sum()) for step in (10, 11)]
+      [9.0, 0.0]
     """
+    if factors is not None and not isinstance(factors, str):
+        return forming_factors(check_flag(factors))
     from eva_optax._flax.linen import linen_tapping
 
-    collected = check_statistics("tapping", statistics, rank)
+    collected = check_statistics("tapping", statistics, rank, factors, max_dim, sharing, factor_rows)
     return linen_tapping(embeddings, collected, partial=partial, caller="tapping")
 
 

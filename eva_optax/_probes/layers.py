@@ -10,7 +10,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import COUNTER, KRONECKER, Path, Shape, accumulator, is_probe, is_probe_leaf, path_names
+from eva_optax._probes.probe import (
+    COUNTER,
+    KRONECKER,
+    Path,
+    Shape,
+    accumulator,
+    is_probe,
+    is_probe_leaf,
+    path_names,
+    statistic_of,
+)
 from eva_optax._probes.tap import shard_like
 
 
@@ -127,7 +137,7 @@ def find_layers(paths: tuple[Path, ...], shapes: tuple[Shape, ...]) -> tuple[Lay
     probes: dict[Path, dict[str, int]] = {}
     for path, place in places.items():
         if is_probe(path):
-            probes.setdefault(path[:-1], {})[path[-1]] = place
+            probes.setdefault(path[:-1], {})[statistic_of(path[-1])] = place
     names = layer_names(probes)
     layers = []
     for prefix, probe in probes.items():

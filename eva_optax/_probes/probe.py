@@ -7,11 +7,17 @@ Beside a kernel stand, as far as they were asked for, zeros for each *statistic*
     y     the shape of a, its last output axis of size r
                                                       <- receives a sketch of the input's second moment: XᵀXΩ / rows
     s     the shape of a, input axes of size 1        <- receives its trace: ‖X‖² / rows
+    A     the shape of y with as many columns as inputs
+                                                      <- receives the input's second moment: XᵀX / rows
+    B     the shape of b, its last input axis of the size of the outputs
+                                                      <- receives that of the output's cotangent: samples · dYᵀdY
+    D     the shape of a, beside embeddings           <- receives the diagonal of A, which is all there is of it
     n     the bias's rank (the kernel's without a bias), its own last axis of size 4
                                                       <- receives 1 per call in the unit of a and b, 1 per call in
                                                          another unit, and the rounding noise of a and of b
 
-The values of a probe are never used: only its gradient is.
+The values of a probe are never used: only its gradient is. What A and B are to be made of stands in their names, behind
+a comma, see `Moments`.
 """
 
 import math
@@ -61,6 +67,16 @@ class KernelShapes(Protocol):
         """The kernel's axis that has the vectors of a sketch instead, counted from the end; None without one."""
         ...
 
+    @property
+    def last_input_axis(self) -> int | None:
+        """The kernel's axis that has the columns of B instead, counted from the end; None without B."""
+        ...
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether its inputs are one-hot, so that A is diagonal."""
+        ...
+
 
 class LinearMap(KernelShapes, Protocol):
     """How one kind of layer computes its statistics; hashable, because it is static under `jit`."""
@@ -81,22 +97,60 @@ class LinearMap(KernelShapes, Protocol):
         """s: ‖X‖² / rows, over the same rows."""
         ...
 
+    def input_moment(self, x: Array, moments: "Moments") -> Array:
+        """A: XᵀX / rows."""
+        ...
+
+    def output_moment(self, dy: Array, moments: "Moments") -> Array:
+        """B: samples · dYᵀdY, with the rows of dY the cotangents of the layer's output."""
+        ...
+
+
+class Moments(NamedTuple):
+    """What A and B are made of, as it stands in their names behind a comma: "A", "A,reduce", "B,rows=512".
+
+    Attributes:
+      sharing: "expand", each position is a row; "reduce", the mean of a sample's inputs and the sum of its cotangents
+        are one row.
+      rows: at most so many rows are looked at; None for all.
+    """
+
+    sharing: str = "expand"
+    rows: int | None = None
+
+    @classmethod
+    def of(cls, leaf: str) -> "Moments":
+        """Reads the name of a leaf."""
+        words = leaf.split(",")[1:]
+        rows = next((int(word.removeprefix(_ROWS)) for word in words if word.startswith(_ROWS)), None)
+        return cls("reduce" if "reduce" in words else "expand", rows)
+
+    def name(self, statistic: str) -> str:
+        """The name of the leaf of a statistic."""
+        rows = () if self.rows is None else (f"{_ROWS}{self.rows}",)
+        return ",".join([statistic, *(() if self.sharing == "expand" else (self.sharing,)), *rows])
+
+
+def statistic_of(leaf: str) -> str:
+    """The statistic that a leaf of this name receives."""
+    return leaf.partition(",")[0]
+
 
 class Statistic(NamedTuple):
     """What a probe's leaf receives.
 
     Attributes:
       of_input: whether it is made from the layer's input, else from the cotangent of its output.
-      compute: makes it from a linear map, that array, and the shape of the leaf.
+      compute: makes it from a linear map, that array, the shape of the leaf, and what its name says.
       shape: its shape beside a kernel, from the rank of sketches.
     """
 
     of_input: bool
-    compute: Callable[[LinearMap, Array, Shape], Array]
+    compute: Callable[[LinearMap, Array, Shape, Moments], Array]
     shape: Callable[[KernelShapes, int], Shape]
 
 
-def _sketch_of(linear_map: LinearMap, x: Array, shape: Shape) -> Array:
+def _sketch_of(linear_map: LinearMap, x: Array, shape: Shape, _: Moments) -> Array:
     axis = linear_map.last_output_axis
     assert axis is not None
     return linear_map.sketch(x, shape[axis] // linear_map.probe_shapes[0][axis])
@@ -104,8 +158,7 @@ def _sketch_of(linear_map: LinearMap, x: Array, shape: Shape) -> Array:
 
 def _sketch_shape(shapes: KernelShapes, rank: int) -> Shape:
     """That of a, with as many vectors for each layer, or each group, as there are to tell apart."""
-    a, b = shapes.probe_shapes
-    axis, columns = shapes.last_output_axis, min(rank, math.prod(i for i, o in zip(a, b, strict=True) if o == 1))
+    a, axis, columns = shapes.probe_shapes[0], shapes.last_output_axis, min(rank, inputs_of(shapes))
     assert axis is not None
     return (*a[:axis], a[axis] * columns, *a[len(a) + axis + 1 :])
 
@@ -115,17 +168,41 @@ def _trace_shape(shapes: KernelShapes, rank: int) -> Shape:
     return tuple(1 if o == 1 else i for i, o in zip(a, b, strict=True))
 
 
+def _input_moment_shape(shapes: KernelShapes, _: int) -> Shape:
+    return _sketch_shape(shapes, math.prod(shapes.kernel_shape))
+
+
+def _output_moment_shape(shapes: KernelShapes, _: int) -> Shape:
+    """That of b, its last input axis with a column for each output of a layer, or of a group."""
+    b, axis = shapes.probe_shapes[1], shapes.last_input_axis
+    assert axis is not None
+    return (*b[:axis], outputs_of(shapes), *b[len(b) + axis + 1 :])
+
+
+def inputs_of(shapes: KernelShapes) -> int:
+    """The number of inputs of a layer, or of each that stand side by side."""
+    return math.prod(i for i, o in zip(*shapes.probe_shapes, strict=True) if o == 1)
+
+
+def outputs_of(shapes: KernelShapes) -> int:
+    """The number of outputs of a layer, or of each that stand side by side."""
+    return math.prod(o // i for i, o in zip(*shapes.probe_shapes, strict=True) if o > 1)
+
+
 STATISTICS = {
-    "a": Statistic(True, lambda linear_map, x, _: linear_map.mean_input(x), lambda shapes, _: shapes.probe_shapes[0]),
-    "b": Statistic(
-        False, lambda linear_map, dy, _: linear_map.sum_cotangent(dy), lambda shapes, _: shapes.probe_shapes[1]
-    ),
+    "a": Statistic(True, lambda layer, x, *_: layer.mean_input(x), lambda shapes, _: shapes.probe_shapes[0]),
+    "b": Statistic(False, lambda layer, dy, *_: layer.sum_cotangent(dy), lambda shapes, _: shapes.probe_shapes[1]),
     "y": Statistic(True, _sketch_of, _sketch_shape),
-    "s": Statistic(True, lambda linear_map, x, _: linear_map.mean_square(x), _trace_shape),
+    "s": Statistic(True, lambda layer, x, *_: layer.mean_square(x), _trace_shape),
+    "A": Statistic(True, lambda layer, x, _, moments: layer.input_moment(x, moments), _input_moment_shape),
+    "B": Statistic(False, lambda layer, dy, _, moments: layer.output_moment(dy, moments), _output_moment_shape),
+    "D": Statistic(True, lambda layer, x, *_: layer.mean_input(x), lambda shapes, _: shapes.probe_shapes[0]),
 }
 VECTORS = ("a", "b")
 MOMENT, TRACE = SKETCH = ("y", "s")  # the trace is there wherever second moments are looked at
-_RANK = "rank="  # what is collected is told by names; the rank of sketches is one of them
+INPUTS, OUTPUTS, DIAGONAL = FACTORS = ("A", "B", "D")
+# What is collected is told by names, of statistics and of these.
+_RANK, _FACTORS, _LARGEST, _SHARING, _ROWS = "rank=", "factors=", "max_dim=", "sharing=", "rows="
 
 
 def accumulator(dtype: DTypeLike) -> Any:
@@ -133,11 +210,19 @@ def accumulator(dtype: DTypeLike) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def check_statistics(caller: str, statistics: Sequence[str], rank: int | None) -> tuple[str, ...]:
-    """The names in their order, and that of the rank.
+def check_statistics(
+    caller: str,
+    statistics: Sequence[str],
+    rank: int | None,
+    factors: str | None = None,
+    max_dim: int = 8192,
+    sharing: str = "expand",
+    factor_rows: int | None = None,
+) -> tuple[str, ...]:
+    """The names of statistics in their order, and of what else says how they are collected.
 
     Raises:
-      ValueError: unless "a" is among them, and all are vectors; if the rank is negative.
+      ValueError: unless "a" is among them, and all are vectors; if another option is out of its range.
     """
     if isinstance(statistics, str) or "a" not in statistics or not set(statistics) <= set(VECTORS):
         raise ValueError(
@@ -145,29 +230,83 @@ def check_statistics(caller: str, statistics: Sequence[str], rank: int | None) -
             'which every member of the family needs; "b" is the summed cotangent, which scale_by_eva and eva need.'
         )
     names = tuple(name for name in VECTORS if name in statistics)
-    if rank is None:
-        return names
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+    if rank is not None and not _is_integer(rank, 0):
         raise ValueError(
             f"eva_optax.{caller}: rank must be an integer, the number of vectors in the sketch of each layer's inputs "
             f"(16, say; 0 for their mean square alone), or None for no sketch; got {rank!r}."
         )
-    return (*names, f"{_RANK}{rank}")
+    names = names if rank is None else (*names, f"{_RANK}{rank}")
+    if factors not in (None, "input", "both"):
+        raise ValueError(
+            f'eva_optax.{caller}: factors must be "input" (the second moment of each layer\'s inputs, for FOOF), '
+            f'"both" (that of the cotangents of its outputs too, for K-FAC), or None; got {factors!r}.'
+        )
+    if factors and rank is not None:
+        raise ValueError(
+            f"eva_optax.{caller}: rank={rank} asks for a sketch of the second moments that factors={factors!r} "
+            "collects whole. Leave one of them out."
+        )
+    if sharing not in ("expand", "reduce"):
+        raise ValueError(
+            f'eva_optax.{caller}: sharing must be "expand" (each position of a sequence or an image is a row) or '
+            f'"reduce" (each sample is one), got {sharing!r}.'
+        )
+    for name, value in (("max_dim", max_dim), ("factor_rows", factor_rows)):
+        if not (_is_integer(value, 1) or (name == "factor_rows" and value is None)):
+            raise ValueError(f"eva_optax.{caller}: {name} must be a positive integer, got {value!r}.")
+    if factor_rows is not None and sharing == "reduce":
+        raise ValueError(
+            f'eva_optax.{caller}: factor_rows={factor_rows} looks at some of the positions, sharing="reduce" sums over '
+            "all of a sample. Leave one of them out."
+        )
+    if not factors:
+        return names
+    rows = () if factor_rows is None else (f"{_ROWS}{factor_rows}",)
+    return (*names, f"{_FACTORS}{factors}", f"{_LARGEST}{max_dim}", f"{_SHARING}{sharing}", *rows)
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def probe_shapes(shapes: KernelShapes, statistics: Sequence[str], counter: Shape) -> dict[str, Shape]:
     """The shapes of a probe's leaves; `counter` is all 1 but for the axes that are counted each for itself.
 
     b is left out only where the axes of the kernel are clear without it: not beside a kernel with batch axes. Layers
-    without an output axis have no sketch.
+    without an output axis have no sketch. A side that is too large for a matrix keeps its vector.
     """
     a, b = shapes.probe_shapes
     batched = any(i > 1 and o > 1 for i, o in zip(a, b, strict=True))
-    wanted = VECTORS if batched else [name for name in VECTORS if name in statistics]
-    rank = next((int(name.removeprefix(_RANK)) for name in statistics if name.startswith(_RANK)), None)
+    factors = _factors(shapes, statistics)
+    large = option(statistics, _FACTORS) == "both" and OUTPUTS not in map(statistic_of, factors)
+    wanted = VECTORS if batched or large else [name for name in VECTORS if name in statistics]
+    rank = option(statistics, _RANK)
     if rank is not None and shapes.last_output_axis is not None:
-        wanted = [*wanted, *(SKETCH if rank else SKETCH[1:])]
-    return {name: STATISTICS[name].shape(shapes, rank or 0) for name in wanted} | {COUNTER: (*counter[:-1], NUMBERS)}
+        wanted = [*wanted, *(SKETCH if int(rank) else SKETCH[1:])]
+    leaves = {name: STATISTICS[statistic_of(name)].shape(shapes, int(rank or 0)) for name in (*wanted, *factors)}
+    return leaves | {COUNTER: (*counter[:-1], NUMBERS)}
+
+
+def _factors(shapes: KernelShapes, statistics: Sequence[str]) -> list[str]:
+    """The names of a probe's matrices."""
+    wanted, largest = option(statistics, _FACTORS), int(option(statistics, _LARGEST) or 0)
+    if wanted is None:
+        return []
+    rows = option(statistics, _ROWS)
+    moments = Moments(option(statistics, _SHARING) or "expand", None if rows is None else int(rows))
+    found = []
+    if shapes.is_lookup:
+        found.append(DIAGONAL)
+    elif shapes.last_output_axis is not None and inputs_of(shapes) <= largest:
+        found.append(moments.name(INPUTS))
+    if wanted == "both" and shapes.last_input_axis is not None and outputs_of(shapes) <= largest:
+        found.append(moments.name(OUTPUTS))
+    return found
+
+
+def option(statistics: Sequence[str], prefix: str) -> str | None:
+    """What stands behind `prefix` among what is to be collected."""
+    return next((name.removeprefix(prefix) for name in statistics if name.startswith(prefix)), None)
 
 
 def make_probe(shapes: dict[str, Shape], dtype: DTypeLike) -> Probe:
@@ -227,7 +366,7 @@ def is_probe(path: Path) -> bool:
 
 def is_probe_leaf(path: Path) -> bool:
     """Whether `path` has the form of a leaf of a probe; what else stands below their name is somebody else's."""
-    return path[-3:-2] == (KRONECKER,) and (path[-1] in STATISTICS or path[-1] == COUNTER)
+    return path[-3:-2] == (KRONECKER,) and (statistic_of(path[-1]) in STATISTICS or path[-1] == COUNTER)
 
 
 def name_is_taken(caller: str, path: Path) -> ValueError:

@@ -37,7 +37,16 @@ class SketchAxes(NamedTuple):
     def of(cls, layout: Layout) -> "SketchAxes":
         """The axes of a layer."""
         outputs, inputs = layout.sum_axes
-        a = layout.split_shape(layout.a)
+        return cls._of(layout.split_shape(layout.a), inputs, outputs)
+
+    @classmethod
+    def of_outputs(cls, layout: Layout) -> "SketchAxes":
+        """The same with inputs and outputs exchanged, for moments of a layer's cotangents."""
+        outputs, inputs = layout.sum_axes
+        return cls._of(layout.split_shape(layout.b), outputs, inputs)
+
+    @classmethod
+    def _of(cls, a: Shape, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> "SketchAxes":
         letters = "abcdefghijklmnopqrstuvwxy"[: len(a)]
 
         def named(axes: tuple[int, ...]) -> str:

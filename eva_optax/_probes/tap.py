@@ -4,11 +4,14 @@ Two primitives make it, so that it is right under every derivative:
 
 * `tap` (y, x, probe) -> y. Its derivative in the probe alone is not zero, and computes from x what is needed of it; so
   evaluation, and differentiation that does not ask for the probe, compute nothing.
-* `collect` (dy, statistics of x, probe tangents) -> dy is that derivative: linear in dy and the probe together. Its
-  transpose hands the cotangent on to dy, and to each leaf of the probe its statistic.
+* `collect` (dy, statistics of x, flag, probe tangents) -> dy is that derivative: linear in dy and the probe together.
+  Its transpose hands the cotangent on to dy, and to each leaf of the probe its statistic.
 
 Statistics are taken of the values, as if they were constants: derivatives of a higher order do not see them, because
 the derivative of `collect` leaves out that of its statistics.
+
+Matrices are formed where the flag of `switch` says so. A flag that is traced goes with the primitives as an operand of
+its own, and the products stand in a `lax.cond`; the counters outside of it count each call.
 """
 
 import math
@@ -25,8 +28,20 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from eva_optax._probes.probe import CHECK_UNITS, COUNTER, NUMBERS, STATISTICS, LinearMap, Probe, unit_of
+from eva_optax._probes.probe import (
+    CHECK_UNITS,
+    COUNTER,
+    FACTORS,
+    NUMBERS,
+    STATISTICS,
+    LinearMap,
+    Moments,
+    Probe,
+    statistic_of,
+    unit_of,
+)
 from eva_optax._probes.rounding_noise import noise_bound
+from eva_optax._probes.switch import forms_factors
 
 
 def tap(linear_map: LinearMap, has_bias: bool, probe: Probe, x: Array, y: Array) -> Array:
@@ -45,12 +60,39 @@ def tap(linear_map: LinearMap, has_bias: bool, probe: Probe, x: Array, y: Array)
     Raises:
       ValueError: when differentiated, if the batch is empty.
     """
-    names = tuple(name for name in (*STATISTICS, COUNTER) if name in probe)
+    ordered = sorted((name for name in probe if name != COUNTER), key=_place)
+    flag = forms_factors() if any(map(_is_factor, ordered)) else True
+    if flag is False:
+        ordered = [name for name in ordered if not _is_factor(name)]
+    names = (*ordered, COUNTER)
     # Inside `shard_map` a cotangent must vary over the same mesh axes as its primal. Casting the probe also makes
     # JAX sum its cotangent over those axes, as it does for the kernel.
     varying = _varying_axes(jax.typeof(x)) | _varying_axes(jax.typeof(y))
     leaves = [_vary(jnp.asarray(probe[name]), varying) for name in names]
-    return _tap.bind(y, x, *leaves, linear_map=linear_map, has_bias=has_bias, names=names, levels=())
+    flags = [] if isinstance(flag, bool) else [_vary(jnp.asarray(flag, bool), varying)]
+    return _tap.bind(
+        y, x, *flags, *leaves, linear_map=linear_map, has_bias=has_bias, names=names, switched=bool(flags), levels=()
+    )
+
+
+def _place(name: str) -> int:
+    return list(STATISTICS).index(statistic_of(name))
+
+
+def _is_factor(name: str) -> bool:
+    return statistic_of(name) in FACTORS
+
+
+def _statistic(linear_map: LinearMap, name: str, array: Array, shape: tuple[int, ...], flag: Any = None) -> Array:
+    """One statistic of an array; zeros for a matrix that the flag does not want."""
+
+    def compute(array: Array) -> Array:
+        return STATISTICS[statistic_of(name)].compute(linear_map, array, shape, Moments.of(name))
+
+    if flag is None or not _is_factor(name):
+        return compute(array)
+    wanted, varying = jax.eval_shape(compute, array), _varying_axes(jax.typeof(array))
+    return jax.lax.cond(flag, compute, lambda array: _vary(jnp.zeros(wanted.shape, wanted.dtype), varying), array)
 
 
 def _expand(primitive: Primitive, primals: Sequence[Any], series: Sequence[Any], **params: Any) -> tuple[Any, Any]:
@@ -67,12 +109,12 @@ for _primitive in (_tap, _collect):
 
 
 def _differentiate_tap(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
-    y, x, *probe = primals
-    dy, _, *dprobe = tangents
+    linear_map, has_bias, names, levels = (params[name] for name in ("linear_map", "has_bias", "names", "levels"))
+    y, x, *flags = primals[: -len(names)]
+    probe, dy, dprobe = primals[-len(names) :], tangents[0], tangents[-len(names) :]
     out = _tap.bind(*primals, **params)
     if all(type(tangent) is ad.Zero for tangent in dprobe):
         return out, dy
-    linear_map, has_bias, names, levels = (params[name] for name in ("linear_map", "has_bias", "names", "levels"))
     if _is_zero(x.size) or _is_zero(y.size):
         raise ValueError(
             f"eva_optax: a tapped layer got an empty batch (input of shape {x.shape}, kernel of shape "
@@ -84,9 +126,10 @@ def _differentiate_tap(primals: Sequence[Any], tangents: Sequence[Any], **params
     def statistics_of_input(x: Array) -> list[Array]:
         statistics, bounds = [], []
         for name, leaf in zip(names, probe, strict=True):
-            if name == COUNTER or not STATISTICS[name].of_input:
+            if name == COUNTER or not STATISTICS[statistic_of(name)].of_input:
                 continue
-            value, unit = STATISTICS[name].compute(linear_map, x, leaf.shape), unit_of(leaf.dtype)
+            shape = leaf.shape[len(levels) :]
+            value, unit = _statistic(linear_map, name, x, shape, *flags), unit_of(leaf.dtype)
             statistics.append(value * unit)
             # With a bias the homogeneous input (a, 1) is never noise.
             if name == "a" and not has_bias and jnp.issubdtype(x.dtype, jnp.floating):
@@ -98,28 +141,36 @@ def _differentiate_tap(primals: Sequence[Any], tangents: Sequence[Any], **params
     tangent = _collect.bind(
         ad.instantiate_zeros(dy),
         *of_input,
+        *flags,
         *map(ad.instantiate_zeros, dprobe),
         linear_map=linear_map,
         names=names,
+        switched=bool(flags),
         level_count=len(levels),
     )
     return out, tangent
 
 
 def _differentiate_collect(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
-    names, count = params["names"], len(primals) - 1 - len(params["names"])
-    dy, of_input, dprobe = tangents[0], primals[1 : 1 + count], tangents[1 + count :]
+    names = params["names"]
+    dy, before, dprobe = tangents[0], primals[1 : -len(names)], tangents[-len(names) :]
     out = _collect.bind(*primals, **params)
-    assert len(dprobe) == len(names)
     if all(type(tangent) is ad.Zero for tangent in dprobe):
         return out, dy
-    return out, _collect.bind(ad.instantiate_zeros(dy), *of_input, *map(ad.instantiate_zeros, dprobe), **params)
+    return out, _collect.bind(ad.instantiate_zeros(dy), *before, *map(ad.instantiate_zeros, dprobe), **params)
 
 
 def _transpose_collect(
-    cotangent: Any, dy: Any, *others: Any, linear_map: LinearMap, names: tuple[str, ...], level_count: int
+    cotangent: Any,
+    dy: Any,
+    *others: Any,
+    linear_map: LinearMap,
+    names: tuple[str, ...],
+    switched: bool,
+    level_count: int,
 ) -> tuple[Any, ...]:
-    of_input, probe = others[: -len(names)], others[-len(names) :]
+    before, probe = others[: -len(names)], others[-len(names) :]
+    of_input, flags = (before[:-1], before[-1:]) if switched else (before, ())
     to_dy = cotangent if ad.is_undefined_primal(dy) else None
     if type(cotangent) is ad.Zero:
         return (to_dy, *(None for _ in others))
@@ -127,16 +178,19 @@ def _transpose_collect(
     counter = leaves[COUNTER].shape[level_count:]
 
     def all_statistics(dy: Array, of_input: tuple[Array, ...]) -> list[Array]:
-        known = [name for name in names if name != COUNTER and STATISTICS[name].of_input]
+        known = [name for name in names if name != COUNTER and STATISTICS[statistic_of(name)].of_input]
         unit, bounds = unit_of(leaves[COUNTER].dtype), of_input[len(known) :]
         found = dict(zip(known, of_input[: len(known)], strict=True))
         numbers: list[Any] = [np.array([unit, CHECK_UNITS[unit]] if bounds else [unit, CHECK_UNITS[unit], 0]), *bounds]
-        if "b" in leaves:
-            b = STATISTICS["b"].compute(linear_map, dy, leaves["b"].shape)
-            found["b"] = b * unit
-            numbers.append(noise_bound(dy, b, unit * _share_of_noise(counter), mean=False))
-        else:
-            numbers.append(np.zeros(1))
+        bound: Any = np.zeros(1)
+        for name in names:
+            if name in found or name == COUNTER:
+                continue
+            value = _statistic(linear_map, name, dy, leaves[name].shape[level_count:], *flags)
+            found[name] = value * unit
+            if name == "b":
+                bound = noise_bound(dy, value, unit * _share_of_noise(counter), mean=False)
+        numbers.append(bound)
         found[COUNTER] = jnp.concatenate([part.astype(leaves[COUNTER].dtype) for part in numbers])
         return [jnp.broadcast_to(found[name], counter) if name == COUNTER else found[name] for name in names]
 
@@ -147,7 +201,7 @@ def _transpose_collect(
         _like(value, _aval(leaf)) if ad.is_undefined_primal(leaf) else None
         for value, leaf in zip(statistics, probe, strict=True)
     )
-    return (to_dy, *(None for _ in of_input), *to_probe)
+    return (to_dy, *(None for _ in before), *to_probe)
 
 
 def _share_of_noise(counter: tuple[int, ...]) -> float:
@@ -158,15 +212,29 @@ def _share_of_noise(counter: tuple[int, ...]) -> float:
 def _batch_tap(arguments: Sequence[Any], axes: Sequence[Any], *, levels: tuple[bool, ...], **params: Any) -> Any:
     """Every operand gets the new axis in front, but for an x without it, which is looked at once for all."""
     size = next(value.shape[axis] for value, axis in zip(arguments, axes, strict=True) if axis is not None)
-    y, _, *probe = (_with_axis(value, axis, size) for value, axis in zip(arguments, axes, strict=True))
+    flags = arguments[2 : 2 + params["switched"]]
+    _refuse_mapped(axes[2 : 2 + len(flags)])
+    y, _, *others = (_with_axis(value, axis, size) for value, axis in zip(arguments, axes, strict=True))
     x = arguments[1] if axes[1] is None else jnp.moveaxis(arguments[1], axes[1], 0)
-    return _tap.bind(y, x, *probe, levels=(*levels, axes[1] is not None), **params), 0
+    return _tap.bind(y, x, *flags, *others[len(flags) :], levels=(*levels, axes[1] is not None), **params), 0
 
 
 def _batch_collect(arguments: Sequence[Any], axes: Sequence[Any], *, level_count: int, **params: Any) -> Any:
     size = next(value.shape[axis] for value, axis in zip(arguments, axes, strict=True) if axis is not None)
-    moved = (_with_axis(value, axis, size) for value, axis in zip(arguments, axes, strict=True))
+    moved = [_with_axis(value, axis, size) for value, axis in zip(arguments, axes, strict=True)]
+    if params["switched"]:
+        place = -len(params["names"]) - 1
+        _refuse_mapped(axes[place : place + 1])
+        moved[place] = arguments[place]
     return _collect.bind(*moved, level_count=level_count + 1, **params), 0
+
+
+def _refuse_mapped(axes: Sequence[Any]) -> None:
+    if any(axis is not None for axis in axes):
+        raise ValueError(
+            "eva_optax.tapping: factors must be one flag for all examples, and was mapped by jax.vmap: a step forms "
+            "matrices or it does not. Make it from the step's number, outside of the mapped function."
+        )
 
 
 ad.primitive_jvps[_tap], ad.primitive_jvps[_collect] = _differentiate_tap, _differentiate_collect

@@ -20,18 +20,25 @@ class Scales(NamedTuple):
       mean: for a mean over the batch, such as a: the scaling of the gradients is undone, and calls are averaged.
       moment: for a second moment: the same, also where the mean is noise.
       total: for a sum over the batch, such as b: it keeps the scaling that the gradients have.
+      unit: for a sum, also where it is noise.
     """
 
     used: Array
     mean: Array
     moment: Array
     total: Array
+    unit: Array
+
+    @property
+    def square(self) -> Array:
+        """For a second moment of sums, such as B: the square of the scaling that the gradients have is left in it."""
+        return (self.unit / self.moment) * self.unit  # in this order: units squared would leave float32
 
 
 def read_counters(numbers: Sequence[Array], vectors: Mapping[str, Array], names: tuple[str, ...]) -> Scales:
     """The scales of layers from the numbers of their counters; zero where a vector is nothing but rounding noise.
 
-    Both scales are NaN where the numbers are no gradients of a probe, because something changed them entry by entry.
+    All are NaN where the numbers are no gradients of a probe, because something changed them entry by entry.
 
     Args:
       numbers: those of the counters, each one array for some layers.
@@ -50,10 +57,11 @@ def read_counters(numbers: Sequence[Array], vectors: Mapping[str, Array], names:
     foreign = used & ((unit == 0) | (count < 0))
     _refuse_foreign(foreign & jnp.isfinite(ratio), count, ratio, names)
     scale = jnp.where(foreign, jnp.nan, 1.0).astype(count.dtype)
-    scales = {"a": scale / safe, "b": jnp.where(used, scale / jnp.where(foreign, 1, unit), 0)}
+    inverse = jnp.where(used, scale / jnp.where(foreign, 1, unit), 0)
+    scales = {"a": scale / safe, "b": inverse}
     pairs = zip(scales, bounds, strict=True)
     scales |= {name: without_noise(scales[name], vectors[name], bound) for name, bound in pairs if name in vectors}
-    return Scales(used, scales["a"], scale / safe, scales["b"])
+    return Scales(used, scales["a"], scale / safe, scales["b"], inverse)
 
 
 def _refuse_foreign(foreign: Array, count: Array, ratio: Array, names: tuple[str, ...]) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 from jax import Array
 
 from eva_optax._probes.directions import directions
-from eva_optax._probes.probe import accumulator
-from eva_optax._statistics.images import Padding, channels_last, pad, padded_positions, some_images
+from eva_optax._probes.probe import Moments, accumulator
+from eva_optax._statistics.images import Padding, channels_last, images, pad, padded_positions, patches, some_images
+from eva_optax._statistics.moments import input_moment, output_moment
 from eva_optax._statistics.window_sums import Reads, window_sums
 
 
@@ -94,6 +95,22 @@ class Convolution:
         squares = self.mean_input(x * x)
         return jnp.sum(squares, tuple(range(squares.ndim - 1)), keepdims=True)
 
+    last_input_axis = -2
+    is_lookup = False
+
+    def input_moment(self, x: Array, moments: Moments) -> Array:
+        window = self.kernel_shape[:-2]
+        geometry = (window, self.strides, self.padding, self.input_dilation, self.kernel_dilation)
+        rows = patches(images(x, len(window), moments.rows), *geometry)
+        # Patches come channel by channel, each with its window; channels ordered by group.
+        rows = rows.reshape(len(rows), -1, self.groups, self.kernel_shape[-2], *window)
+        rows = jnp.moveaxis(rows, (2, 3), (-1, -2))
+        return input_moment(rows, self.probe_shapes, -1, moments)
+
+    def output_moment(self, dy: Array, moments: Moments) -> Array:
+        dy = images(dy, len(self.strides), None)
+        return output_moment(dy.reshape(len(dy), -1, *self.probe_shapes[1]), self.probe_shapes, -2, moments)
+
     def _images(self, x: Array) -> Array:
         return some_images(x, len(self.strides))
 
@@ -133,6 +150,24 @@ class PermutedConvolution:
     def mean_square(self, x: Array) -> Array:
         batch, channels, *spatial = self.dimension_numbers.lhs_spec
         return self._as_kernel(self.channels_last.mean_square(jnp.transpose(x, (batch, *spatial, channels))))
+
+    @property
+    def last_input_axis(self) -> int:
+        """A kernel that lacks the input axis has one of 1 in its window."""
+        axis = self.dimension_numbers.rhs_spec[1]
+        return (axis if axis < len(self.kernel_shape) else axis - 1) - len(self.kernel_shape)
+
+    is_lookup = False
+
+    def input_moment(self, x: Array, moments: Moments) -> Array:
+        batch, channels, *spatial = self.dimension_numbers.lhs_spec
+        x = jnp.transpose(x, (batch, *spatial, channels))
+        return self._as_kernel(self.channels_last.input_moment(x, moments))
+
+    def output_moment(self, dy: Array, moments: Moments) -> Array:
+        batch, channels, *spatial = self.dimension_numbers.out_spec
+        dy = jnp.transpose(dy, (batch, *spatial, channels))
+        return self._as_kernel(self.channels_last.output_moment(dy, moments))
 
     def _as_kernel(self, array: Array) -> Array:
         """An array with the axes of `channels_last` with those of the kernel, which may lack the input axis."""

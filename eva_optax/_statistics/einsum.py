@@ -12,7 +12,8 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
 from eva_optax._probes.directions import directions
-from eva_optax._probes.probe import accumulator
+from eva_optax._probes.probe import Moments, accumulator
+from eva_optax._statistics.moments import input_moment, output_moment, some_positions
 from eva_optax._statistics.sketches import ROWS, thin
 
 
@@ -49,6 +50,14 @@ class Contraction:
     def last_output_axis(self) -> int | None:
         outputs = [axis for axis, c in enumerate(self.kernel) if c in self.y and c not in self.x]
         return outputs[-1] - len(self.kernel) if outputs else None
+
+    @property
+    def last_input_axis(self) -> int | None:
+        """None where the output lacks the positions of the input, so that rows of cotangents are not known."""
+        inputs = [axis for axis, c in enumerate(self.kernel) if c not in self.y]
+        return inputs[-1] - len(self.kernel) if inputs and set(self.positions) <= set(self.y) else None
+
+    is_lookup = False
 
     def mean_input(self, x: Array) -> Array:
         a = _reduce(x, self.x, self.kernel, self.kernel_shape)
@@ -99,6 +108,32 @@ class Contraction:
         repeated = math.prod(size for c, size in sizes if c not in self.x + self.y)
         return squares.reshape([size if c in kept else 1 for c, size in sizes]) * (repeated / count)
 
+    def input_moment(self, x: Array, moments: Moments) -> Array:
+        rows = self._by_position(x, self.x)
+        if moments.rows is not None:
+            rows = some_positions(rows, moments.rows)
+        rows = jnp.broadcast_to(rows, (*rows.shape[:2], *self.probe_shapes[0]))
+        axis = self.last_output_axis
+        assert axis is not None
+        return input_moment(rows, self.probe_shapes, axis, moments)
+
+    def output_moment(self, dy: Array, moments: Moments) -> Array:
+        axis = self.last_input_axis
+        assert axis is not None
+        return output_moment(self._by_position(dy, self.y), self.probe_shapes, axis, moments)
+
+    def _by_position(self, array: Array, letters: str) -> Array:
+        """Input or output as (samples, positions, *kernel), 1 where the kernel has what the array lacks."""
+        known = self.positions + self.kernel
+        summed = tuple(axis for axis, c in enumerate(letters) if c not in known)
+        array = jnp.sum(array, summed, dtype=accumulator(array.dtype)) if summed else array
+        kept = [c for c in letters if c in known]
+        sizes = dict(zip(kept, array.shape, strict=True))
+        ordered = [c for c in known if c in kept]
+        samples, *positions = (sizes[c] for c in self.positions) if self.positions else (1,)
+        array = jnp.transpose(array, [kept.index(c) for c in ordered])
+        return array.reshape(samples, math.prod(positions), *(sizes.get(c, 1) for c in self.kernel))
+
     def _rows(self, x: Array) -> tuple[Array, str, Any]:
         """The input at some positions, summed over what the layer sums, with its letters and their number."""
         sizes = dict(zip(self.x, x.shape, strict=True))
@@ -139,9 +174,16 @@ class Lookup:
         counts = jnp.zeros(self.kernel_shape[0], jnp.float32).at[x.ravel()].add(1.0, mode="drop")
         return (counts / x.size)[:, None]
 
-    @property
-    def last_output_axis(self) -> int | None:
-        return -1
+    last_output_axis = -1
+    last_input_axis = -2
+    is_lookup = True
+
+    def input_moment(self, x: Array, moments: Moments) -> Array:
+        raise NotImplementedError  # its diagonal is collected, see `probe_shapes`
+
+    def output_moment(self, dy: Array, moments: Moments) -> Array:
+        samples = dy.shape[0] if dy.ndim > 1 else 1
+        return output_moment(dy.reshape(samples, -1, 1, dy.shape[-1]), self.probe_shapes, -2, moments)
 
     def sketch(self, x: Array, rank: int) -> Array:
         """The second moment of one-hot rows is diagonal, and has their mean on it."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from jax import Array
 
-from eva_optax._probes.probe import Shape
+from eva_optax._probes.probe import Moments, Shape
 from eva_optax._statistics.einsum import Contraction
 
 Split = tuple[Shape | None, ...]  # for each axis the sizes that it is split into, None for one that stays
@@ -48,12 +48,19 @@ class GroupedContraction:
 
     @property
     def last_output_axis(self) -> int | None:
-        axis, ends = (
-            self.split.last_output_axis,
-            list(itertools.accumulate(len(parts or (1,)) for parts in self.kernel_axes)),
-        )
+        return self._merged_axis(self.split.last_output_axis)
+
+    @property
+    def last_input_axis(self) -> int | None:
+        return self._merged_axis(self.split.last_input_axis)
+
+    is_lookup = False
+
+    def _merged_axis(self, axis: int | None) -> int | None:
+        """The axis of the kernel that an axis of the split one is part of, both counted from the end."""
         if axis is None:
             return None
+        ends = list(itertools.accumulate(len(parts or (1,)) for parts in self.kernel_axes))
         return next(place for place, end in enumerate(ends) if axis + ends[-1] < end) - len(ends)
 
     def sketch(self, x: Array, rank: int) -> Array:
@@ -63,6 +70,14 @@ class GroupedContraction:
     def mean_square(self, x: Array) -> Array:
         square = self.split.mean_square(_split(x, self.x_axes))
         return square.reshape(self._merged(square.shape))
+
+    def input_moment(self, x: Array, moments: Moments) -> Array:
+        moment = self.split.input_moment(_split(x, self.x_axes), moments)
+        return moment.reshape(self._merged(moment.shape))
+
+    def output_moment(self, dy: Array, moments: Moments) -> Array:
+        moment = self.split.output_moment(_split(dy, self.y_axes), moments)
+        return moment.reshape(self._merged(moment.shape))
 
     def _merged(self, shape: Shape) -> Shape:
         return _merge(shape, self.kernel_axes)

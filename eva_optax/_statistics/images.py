@@ -24,6 +24,34 @@ def some_images(x: Array, rank: int) -> Array:
     return thin(x, 0, min(len(x) * positions // ROWS, len(x) // IMAGES) if isinstance(x.shape[0], int) else 1)
 
 
+def images(x: Array, rank: int, rows: int | None) -> Array:
+    """The input with one batch axis before `rank` spatial ones: of all examples, or of as few as have so many rows."""
+    x = x.reshape(-1, *x.shape[-rank - 1 :])
+    return x if rows is None else thin(x, 0, len(x) * math.prod(x.shape[1:-1]) // rows)
+
+
+def patches(
+    x: Array,
+    window: Sequence[int],
+    strides: Sequence[int],
+    padding: Padding,
+    input_dilation: Sequence[int],
+    kernel_dilation: Sequence[int],
+) -> Array:
+    """What each output position reads: (batch, *positions, channels · window), windows of each channel together."""
+    padded, padding = pad(x, padding, window, kernel_dilation)
+    return jax.lax.conv_general_dilated_patches(
+        padded,
+        window,
+        strides,
+        padding,
+        input_dilation,
+        kernel_dilation,
+        channels_last(x.ndim),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
 def pad(x: Array, padding: Padding, window: Sequence[int], dilation: Sequence[int]) -> tuple[Array, Padding]:
     """The input as Flax pads it itself, and what is left for the convolution to pad."""
     if padding not in (*PAD_MODES, "CAUSAL"):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._probes.directions import directions
-from eva_optax._probes.probe import accumulator
-from eva_optax._statistics.images import Padding, channels_last, pad, some_images
+from eva_optax._probes.probe import Moments, accumulator
+from eva_optax._statistics.images import Padding, images, patches, some_images
+from eva_optax._statistics.moments import input_moment, output_moment
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,17 @@ class LocalConvolution:
         patches = self._patches(some_images(x, len(self.strides)))
         return (jnp.sum(patches * patches, (0, -1)) / len(patches))[..., None, None]
 
+    last_input_axis = -2
+    is_lookup = False
+
+    def input_moment(self, x: Array, moments: Moments) -> Array:
+        rows = self._patches(images(x, len(self.strides), moments.rows))
+        return input_moment(rows[:, None, ..., None], self.probe_shapes, -1, moments)
+
+    def output_moment(self, dy: Array, moments: Moments) -> Array:
+        rows = images(dy, len(self.strides), None)[:, None, ..., None, :]
+        return output_moment(rows, self.probe_shapes, -2, moments)
+
     def _patches(self, x: Array) -> Array:
         """What each output position reads: (batch, *positions, input channels * window)."""
-        padded, padding = pad(x, self.padding, self.window, self.kernel_dilation)
-        rank = x.ndim
-        return jax.lax.conv_general_dilated_patches(
-            padded,
-            self.window,
-            self.strides,
-            padding,
-            self.input_dilation,
-            self.kernel_dilation,
-            channels_last(rank),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        return patches(x, self.window, self.strides, self.padding, self.input_dilation, self.kernel_dilation)

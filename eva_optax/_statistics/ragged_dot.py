@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._probes.directions import directions
-from eva_optax._probes.probe import MOMENT, TRACE, Probe, Shape, accumulator
+from eva_optax._probes.probe import INPUTS, MOMENT, TRACE, Moments, Probe, Shape, accumulator, statistic_of
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.einsum import Contraction
 from eva_optax._statistics.equation import parse_equation, split_terms
@@ -41,10 +41,13 @@ class RaggedDot:
         is_matrix = isinstance(rule, Contraction) and (rule.x, rule.y) == (*rule.kernel,) and not rule.positions
         return -1 if is_matrix else None
 
+    last_input_axis = None  # each expert's cotangents are known by their sum alone
+    is_lookup = False
+
 
 @dataclass(frozen=True)
 class _Expert(Contraction):
-    """One expert, whose input holds the statistics of its rows, one after the other: a, then s and y if wanted."""
+    """One expert, whose input holds the statistics of its rows one after the other: a, then A, or s and y if wanted."""
 
     def mean_input(self, x: Array) -> Array:
         return x[: self.kernel_shape[0], None]
@@ -54,6 +57,10 @@ class _Expert(Contraction):
 
     def sketch(self, x: Array, rank: int) -> Array:
         return x[self.kernel_shape[0] + 1 :].reshape(self.kernel_shape[0], rank)
+
+    def input_moment(self, x: Array, moments: Moments) -> Array:
+        size = self.kernel_shape[0]
+        return x[size:].reshape(size, size)
 
 
 def parse_ragged_dot(
@@ -100,10 +107,16 @@ def tap_ragged(linear_map: RaggedDot, has_bias: bool, probe: Probe, x: Array, y:
     sums = jax.ops.segment_sum(jax.lax.stop_gradient(x).astype(dtype), expert, experts, indices_are_sorted=True)
     rows = jnp.maximum(group_sizes, 1).astype(dtype)
     means, rule = sums / rows.reshape(-1, *(1,) * (x.ndim - 1)), linear_map.expert
-    if TRACE in probe:
+    held = {statistic_of(name): leaf for name, leaf in probe.items()}
+    if TRACE in held or INPUTS in held:
         rule = _Expert(rule.kernel_shape, "i", "io", "o", positions="")
-        rank = probe[MOMENT].shape[-1] if MOMENT in probe else 0
-        means = jnp.concatenate([means, *_second_moments(x.astype(dtype), group_sizes, expert, rows[:, None], rank)], 1)
+        x = jax.lax.stop_gradient(x).astype(dtype)
+        more = [_moments(x, group_sizes, jnp.eye(x.shape[1], dtype=dtype))] if INPUTS in held else []
+        if TRACE in held:
+            more.append(jax.ops.segment_sum(jnp.sum(x * x, 1), expert, experts, indices_are_sorted=True)[:, None])
+        if MOMENT in held:
+            more.append(_moments(x, group_sizes, directions(x.shape[1:], held[MOMENT].shape[-1], dtype)))
+        means = jnp.concatenate([means, *(moment / rows[:, None] for moment in more)], 1)
     # An expert without rows counts as not used. The probe's values do not matter, its cotangent is what is scaled.
     used = group_sizes > 0
     probe = {name: leaf * used.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)) for name, leaf in probe.items()}
@@ -113,13 +126,8 @@ def tap_ragged(linear_map: RaggedDot, has_bias: bool, probe: Probe, x: Array, y:
     return y + jnp.take(added, expert, axis=0, mode="fill", fill_value=0).astype(y.dtype)
 
 
-def _second_moments(x: Array, group_sizes: Array, expert: Array, rows: Array, rank: int) -> list[Array]:
-    """The mean square of the rows of each expert, and their sketches, flat."""
-    x = jax.lax.stop_gradient(x)
-    squares = jax.ops.segment_sum(jnp.sum(x * x, 1), expert, len(group_sizes), indices_are_sorted=True)
-    if not rank:
-        return [squares[:, None] / rows]
-    omega = directions(x.shape[1:], rank, x.dtype)
+def _moments(x: Array, group_sizes: Array, omega: Array) -> Array:
+    """XᵀXΩ of the rows X of each expert, flat."""
     product = partial(jax.lax.ragged_dot, x, group_sizes=group_sizes, precision=jax.lax.Precision.HIGHEST)
     z, transposed = jax.vjp(product, jnp.broadcast_to(omega, (len(group_sizes), *omega.shape)))
-    return [squares[:, None] / rows, transposed(z)[0].reshape(len(group_sizes), -1) / rows]
+    return transposed(z)[0].reshape(len(group_sizes), -1)

@@ -11,8 +11,9 @@ import numpy as np
 from jax import Array
 
 from eva_optax._probes.directions import directions
-from eva_optax._probes.probe import accumulator
-from eva_optax._statistics.images import Padding, channels_last, dilate, some_images
+from eva_optax._probes.probe import Moments, accumulator
+from eva_optax._statistics.images import Padding, channels_last, dilate, images, some_images
+from eva_optax._statistics.moments import input_moment, output_moment
 from eva_optax._statistics.window_sums import Reads, window_sums
 
 
@@ -70,20 +71,9 @@ class TransposedConvolution:
     def sketch(self, x: Array, rank: int) -> Array:
         """Of the patches at output positions, zero where they meet no input, and counted by input positions, as a."""
         x = some_images(x, len(self.strides))
-        *window, rows, columns = self.kernel_shape
-        omega = directions((*window, columns if self.transposed else rows), rank, x.dtype)
-        convolve = partial(
-            jax.lax.conv_transpose,
-            x,
-            strides=self.strides,
-            padding="VALID" if self.padding == "CIRCULAR" else self.padding,
-            rhs_dilation=self.kernel_dilation,
-            transpose_kernel=self.transposed,
-            dimension_numbers=channels_last(x.ndim),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        z, transposed = jax.vjp(convolve, jnp.swapaxes(omega, -1, -2) if self.transposed else omega)
+        z, transposed = jax.vjp(partial(self._convolve, x), directions(self._inputs, rank, x.dtype))
         (moment,) = transposed(z)
+        moment = jnp.swapaxes(moment, -1, -2) if self.transposed else moment
         return moment / math.prod(x.shape[:-1])
 
     def mean_square(self, x: Array) -> Array:
@@ -91,6 +81,46 @@ class TransposedConvolution:
         axes = self.reads(x.shape[1:-1])
         total = jnp.sum(window_sums(x * x, axes, (1,) * len(axes))) / math.prod(x.shape[:-1])
         return total.reshape((1,) * len(self.kernel_shape))
+
+    @property
+    def last_input_axis(self) -> int:
+        return -1 if self.transposed else -2
+
+    is_lookup = False
+
+    def input_moment(self, x: Array, moments: Moments) -> Array:
+        """Of the patches of `sketch`, and counted as they are."""
+        x = images(x, len(self.strides), moments.rows)
+        inputs = self._inputs
+        found = self._convolve(x, jnp.eye(math.prod(inputs), dtype=x.dtype).reshape(*inputs, -1))
+        rows = found.reshape(len(x), -1, *self.probe_shapes[0])
+        ratio = rows.shape[1] / math.prod(x.shape[1:-1])
+        ratio = ratio if moments.sharing == "expand" else ratio**2
+        return ratio * input_moment(rows, self.probe_shapes, self.last_output_axis, moments)
+
+    def output_moment(self, dy: Array, moments: Moments) -> Array:
+        dy = images(dy, len(self.strides), None)
+        rows = dy.reshape(len(dy), -1, *self.probe_shapes[1])
+        return output_moment(rows, self.probe_shapes, self.last_input_axis, moments)
+
+    @property
+    def _inputs(self) -> tuple[int, ...]:
+        """The sizes of the window and of the input channels."""
+        *window, rows, columns = self.kernel_shape
+        return (*window, columns if self.transposed else rows)
+
+    def _convolve(self, x: Array, kernel: Array) -> Array:
+        """The layer with another kernel, (*window, input channels, outputs)."""
+        return jax.lax.conv_transpose(
+            x,
+            jnp.swapaxes(kernel, -1, -2) if self.transposed else kernel,
+            strides=self.strides,
+            padding="VALID" if self.padding == "CIRCULAR" else self.padding,
+            rhs_dilation=self.kernel_dilation,
+            transpose_kernel=self.transposed,
+            dimension_numbers=channels_last(x.ndim),
+            precision=jax.lax.Precision.HIGHEST,
+        )
 
 
 def _transposed_padding(padding: Padding, axis: int, window: int, stride: int) -> tuple[int, int]:

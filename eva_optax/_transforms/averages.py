@@ -5,7 +5,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eva_optax._probes.fusion import materialize
-from eva_optax._probes.probe import STATISTICS
+from eva_optax._probes.probe import OUTPUTS, STATISTICS
 from eva_optax._probes.vectors import Scales
 
 Vectors = dict[str, Array]
@@ -45,7 +45,8 @@ def update_weighted_average(
     """
     assert scales is not None  # second moments come from a tap
     share = 1 / (jnp.asarray(decay, weight.dtype) * weight + 1)
-    factors = {name: scales.mean if name == "a" else scales.moment for name in old}
+    scale = {"a": scales.mean, "b": scales.total, OUTPUTS: scales.square}
+    factors = {name: scale.get(name, scales.moment) for name in old}
     return materialize({name: old[name] + share * (factors[name] * new[name] - old[name]) for name in old})
 
 
