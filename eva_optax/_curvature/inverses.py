@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from eva_optax._curvature.amortized import in_stacks
 
-_EXACT = jax.lax.Precision.HIGHEST
+EXACT = jax.lax.Precision.HIGHEST
 
 
 class Moment(NamedTuple):
@@ -90,10 +90,10 @@ def powers(moments: Sequence[Moment], power: ArrayLike) -> list[tuple[Factor, He
         scaled = ((values + shift[:, None]) / floor[:, None]) ** jnp.asarray(power, values.dtype)
         half = vectors * jnp.sqrt(scaled)[:, None, :]
         condition = jnp.max(scaled, 1) / jnp.min(scaled, 1)
-        return jnp.matmul(half, half.mT, precision=_EXACT), Health(condition[:, None, None], residual)
+        return jnp.matmul(half, half.mT, precision=EXACT), Health(condition[:, None, None], residual)
 
     shifts, floors = ([getattr(moment, name) for moment in moments] for name in ("shift", "floor"))
-    found = in_stacks(of_eigenvalues, [_whole(moment) for moment in moments], shifts, floors)
+    found = in_stacks(of_eigenvalues, [_whole(moment.matrix, moment.mean) for moment in moments], shifts, floors)
     return [
         (Factor(matrix, None, None), health)
         if moment.mean is None
@@ -102,14 +102,14 @@ def powers(moments: Sequence[Moment], power: ArrayLike) -> list[tuple[Factor, He
     ]
 
 
-def eigenbases(moments: Sequence[Moment]) -> list[tuple[Eigenbasis, Array]]:
-    """Eigenvectors and eigenvalues of each, not damped, and their residuals."""
-    found = in_stacks(_eigh, [_whole(moment) for moment in moments])
+def eigenbases(moments: Sequence[tuple[Array, Array | None]]) -> list[tuple[Eigenbasis, Array]]:
+    """Eigenvectors and eigenvalues of each A, with its a where the input is (x, 1), and their residuals."""
+    found = in_stacks(_eigh, [_whole(*moment) for moment in moments])
     return [
         (Eigenbasis(vectors, None, values[:, None]), residual)
-        if moment.mean is None
+        if mean is None
         else (Eigenbasis(vectors[:, :-1], vectors[:, -1:], values[:, None]), residual)
-        for (values, vectors, residual), moment in zip(found, moments, strict=True)
+        for (values, vectors, residual), (_, mean) in zip(found, moments, strict=True)
     ]
 
 
@@ -124,7 +124,7 @@ def _inverse(matrices: Array) -> tuple[Array, Health]:
     lower = jnp.linalg.cholesky(matrices)
     identity = jnp.broadcast_to(jnp.eye(matrices.shape[-1], dtype=matrices.dtype)[None], matrices.shape)
     half = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
-    inverse = jnp.matmul(half.mT, half, precision=_EXACT)
+    inverse = jnp.matmul(half.mT, half, precision=EXACT)
     vector = _direction(matrices)
     error = _norm(_times(matrices, _times(inverse, vector)) - vector) / _norm(vector)
     condition = jnp.linalg.norm(matrices, 1, (-2, -1)) * jnp.linalg.norm(inverse, 1, (-2, -1))
@@ -138,7 +138,7 @@ def _with_bias(inverse: Array, moment: Moment) -> Factor:
     if mean is None:
         return Factor(floor * inverse, None, None)
     corner, mean = 1 + shift[:, None, None], mean[:, :, None]
-    column = -jnp.matmul(inverse, mean, precision=_EXACT) / corner
+    column = -jnp.matmul(inverse, mean, precision=EXACT) / corner
     last = (1 - jnp.sum(mean * column, 1, keepdims=True)) / corner
     return Factor(floor * inverse, floor * column, floor * last)
 
@@ -161,16 +161,15 @@ def _direction(matrices: Array) -> Array:
 
 
 def _times(matrices: Array, vectors: Array) -> Array:
-    return jnp.einsum("kij,kj->ki", matrices, vectors, precision=_EXACT)
+    return jnp.einsum("kij,kj->ki", matrices, vectors, precision=EXACT)
 
 
 def _norm(vectors: Array) -> Array:
     return jnp.linalg.norm(vectors, axis=1)
 
 
-def _whole(moment: Moment) -> Array:
+def _whole(matrix: Array, mean: Array | None) -> Array:
     """The matrix over x, or (x, 1)."""
-    matrix, mean, *_ = moment
     if mean is None:
         return matrix
     last = jnp.concatenate([mean, jnp.ones_like(mean[:, :1])], 1)

@@ -16,11 +16,21 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eva_optax._curvature.curvature import Damping, Gradient, safe_divide
-from eva_optax._curvature.inverses import Eigenbasis, Factor, Moment, eigenbases
+from eva_optax._curvature.inverses import EXACT, Eigenbasis, Factor, eigenbases
 from eva_optax._curvature.nystrom import Basis
-from eva_optax._curvature.one_factor import Along, Side, input_side, multiply, output_side, side_powers
+from eva_optax._curvature.one_factor import (
+    Along,
+    Diagonal,
+    Power,
+    Side,
+    input_side,
+    multiply,
+    output_side,
+    side_powers,
+)
 from eva_optax._probes.layout import Layout
 from eva_optax._probes.sketch_axes import SketchAxes
+from eva_optax._probes.tap import replicate
 
 Split = Literal["pi", "eigen"]
 LARGEST_RESIDUAL = 0.1
@@ -35,13 +45,15 @@ class Inverse(NamedTuple):
       rest: (1, 1), with eigenvectors what is added to the products of eigenvalues; else None.
       condition: its condition number when it was made, (1, 1); for matrices to the power −1 in the 1-norm.
       residual: its residual then, along one vector, (1, 1).
+      age: steps since then, (1, 1).
     """
 
-    inputs: Factor | Basis | Eigenbasis
-    outputs: Factor | Basis | Eigenbasis | None
+    inputs: Power | Eigenbasis
+    outputs: Power | Eigenbasis | None
     rest: Array | None
     condition: Array
     residual: Array
+    age: Array
 
 
 class Known(NamedTuple):
@@ -109,7 +121,7 @@ def _factored(power: ArrayLike, known: Sequence[tuple[Sides, Damping]]) -> list[
         condition, residual = health
         for _, other in others:
             condition, residual = condition * other.condition, jnp.maximum(residual, other.residual)
-        inverses.append(Inverse(inputs, outputs, None, condition, residual))
+        inverses.append(Inverse(inputs, outputs, None, condition, residual, jnp.zeros_like(residual, jnp.int32)))
     return inverses
 
 
@@ -138,7 +150,7 @@ def _in_eigenvectors(known: Sequence[tuple[Sides, Damping]]) -> list[Inverse]:
             of_inputs.values[..., at, None] * of_outputs.values[..., at, None] + rest for at in (-1, 0)
         )
         residual = jnp.maximum(residual, other)
-        inverses.append(Inverse(of_inputs, of_outputs, rest, largest / smallest, residual))
+        inverses.append(Inverse(of_inputs, of_outputs, rest, largest / smallest, residual, jnp.zeros_like(rest, jnp.int32)))
     return inverses
 
 
@@ -154,7 +166,7 @@ def _by_layer(known: Known, inverse: Inverse) -> Inverse:
 def identity_like(inverse: Any) -> Any:
     """What multiplies by one, in the form of an inverse of which shapes and dtypes are known."""
 
-    def eye(part: Any, transpose: bool = False) -> Array:
+    def eye(part: Any) -> Array:
         return jnp.broadcast_to(jnp.eye(*part.shape[-2:], dtype=part.dtype), part.shape)
 
     def zeros(part: Any) -> Any:
@@ -168,13 +180,15 @@ def identity_like(inverse: Any) -> Any:
             return Factor(eye(part.kernel), zeros(part.bias), ones(part.corner))
         if isinstance(part, Basis):
             return Basis(zeros(part.kernel), zeros(part.bias), ones(part.scale), zeros(part.explained))
+        if isinstance(part, Diagonal):
+            return Diagonal(ones(part.kernel))
         if isinstance(part, Eigenbasis):
             bias = None if part.bias is None else zeros(part.bias).at[..., -1].set(1)
             return Eigenbasis(eye(part.kernel), bias, zeros(part.values))
         return None
 
     sides = (side(part) for part in (inverse.inputs, inverse.outputs))
-    return Inverse(*sides, ones(inverse.rest), ones(inverse.condition), zeros(inverse.residual))
+    return Inverse(*sides, ones(inverse.rest), ones(inverse.condition), zeros(inverse.residual), zeros(inverse.age))
 
 
 def precondition(layout: Layout, gradient: Gradient, inverse: Inverse) -> Gradient:
@@ -193,3 +207,19 @@ def precondition(layout: Layout, gradient: Gradient, inverse: Inverse) -> Gradie
         return multiply(others, inverse.outputs, Gradient(array, None)).kernel
 
     return Gradient(along_outputs(kernel), None if bias is None else along_outputs(bias))
+
+
+def _through_eigenvectors(
+    layout: Layout, gradient: Gradient, inverse: Inverse, inputs: Eigenbasis, outputs: Eigenbasis
+) -> Gradient:
+    kernel, bias = gradient
+    along = Along(SketchAxes.of(layout), kernel)
+    rows = along.to_columns(inputs.kernel, kernel, bias, inputs.bias)
+    flat = replicate(rows).reshape(*inputs.values.shape[:-2], inputs.values.shape[-1], outputs.values.shape[-1])
+    weights = 1 / (inputs.values.mT * outputs.values + inverse.rest)
+    turned = weights * jnp.matmul(flat, outputs.kernel, precision=EXACT)
+    rows = jnp.matmul(turned, outputs.kernel.mT, precision=EXACT).reshape(rows.shape)
+    kernel = along.from_columns(inputs.kernel, rows)
+    if bias is None or inputs.bias is None:
+        return Gradient(kernel, None)
+    return Gradient(kernel, along.to_bias(inputs.bias, rows, bias))

@@ -90,7 +90,7 @@ def conjugate(
     check_decay("conjugate", sketch_decay)
     check_positive("conjugate", every=every)
     return in_coordinates(
-        "conjugate", lambda tree: inner, Whitened(Damping(damping, relative), every), decay, sketch_decay
+        "conjugate", lambda tree: inner, Whitened(Damping(damping, relative, keep_scale=True), every), decay, sketch_decay
     )
 
 
@@ -145,7 +145,7 @@ def in_coordinates(
     inner_of: Callable[[Any], optax.GradientTransformation],
     coordinates: Whitened | Centred,
     decay: ArrayLike,
-    sketch_decay: ArrayLike = 0.0,
+    sketch_decay: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Takes gradients forward, runs an inner transformation on the tree without probes, and takes its updates back.
 
@@ -175,7 +175,7 @@ def in_coordinates(
             changed, carry, cosine, gg = coordinates.forward(part, kept, basis)
             for layer, gradient in zip(part.bucket.layers, changed, strict=True):
                 layer.place(*gradient, leaves)
-            ends.append(part.settle(kept, good, part.used & ~good, cosine, gg, sketch_decay))
+            ends.append(part.settle(kept, good, part.formed & ~good, cosine, gg))
             carried.append(carry)
         inner = optax.with_extra_args_support(inner_of(updates))
         hidden = None if params is None else hide_probes(params)
