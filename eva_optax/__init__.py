@@ -18,8 +18,10 @@ from eva_optax._transforms.diagnostics import diagnostics, plot_diagnostics
 from eva_optax._transforms.eva import scale_by_eva
 from eva_optax._transforms.eva_f import scale_by_eva_f
 from eva_optax._transforms.eva_s import scale_by_eva_s
+from eva_optax._transforms.foof import scale_by_foof
+from eva_optax._transforms.kfac import scale_by_kfac
 from eva_optax._transforms.published import eva, eva_f, eva_s
-from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, SketchState
+from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, ScaleByKfacState, SketchState
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,7 @@ __all__ = [
     "KroneckerVectors",
     "Registration",
     "ScaleByEvaState",
+    "ScaleByKfacState",
     "Sketch",
     "SketchState",
     "attach",
@@ -50,6 +53,8 @@ __all__ = [
     "scale_by_eva",
     "scale_by_eva_f",
     "scale_by_eva_s",
+    "scale_by_foof",
+    "scale_by_kfac",
     "sketches",
     "strip",
     "tap",

@@ -20,7 +20,7 @@ from eva_optax._probes.probe import DIAGONAL, FACTORS, INPUTS, TRACE
 from eva_optax._probes.sketch_axes import SketchAxes
 from eva_optax._probes.stacking import unstack
 from eva_optax._transforms.averages import Vectors
-from eva_optax._transforms.driver import Part, Step, total_like
+from eva_optax._transforms.driver import Part, Step, has_weights, total_like
 from eva_optax._transforms.renewal import Source, renew_inverses, start_inverses
 from eva_optax._transforms.state import CenterState, ConjugateState, SketchState
 
@@ -145,9 +145,9 @@ def has_moment(layer: Layer) -> bool:
 def is_valid(part: Part) -> Array:
     """Which layers were used, have their matrices, and have finite statistics."""
     layout, vectors = part.bucket.layout, [average for name, average in part.new.items() if name not in FACTORS]
-    if part.new.keys().isdisjoint((TRACE, *FACTORS)):
-        sums = [layout.total(jnp.square(vector)) for vector in vectors]
-    else:  # what has one weight is valid as one
+    if has_weights(part.new):  # what has one weight is valid as one
         parts = [*map(jnp.square, vectors), *traces(layout, part.new)]
         sums = [total_like(part.used, number) for number in parts]
+    else:
+        sums = [layout.total(jnp.square(vector)) for vector in vectors]
     return reduce(jnp.logical_and, map(jnp.isfinite, sums), part.formed)

@@ -161,7 +161,7 @@ def observe(
             of_step = {name: stack([each[name] for each in observed]) for name in old}
         used = jnp.ones_like(scalars.started, bool) if scale is None else scale.used
         weight: ArrayLike = 1
-        if moment_decay is not None and not old.keys().isdisjoint((TRACE, *FACTORS)):
+        if moment_decay is not None and has_weights(old):
             averages = update_weighted_average(of_step, old, scalars.started, scale, moment_decay)
             weight = moment_decay * scalars.started + 1
         else:
@@ -171,6 +171,11 @@ def observe(
             formed = formed & (total_like(used, trace) != 0)
         parts.append(Part(bucket, gradients, old, averages, used, formed, weight, scalars))
     return Step(tree, parts, kept)
+
+
+def has_weights(averages: Vectors) -> bool:
+    """Whether there are second moments among them, whose averages count how much went into them."""
+    return not averages.keys().isdisjoint((TRACE, *FACTORS))
 
 
 def total_like(used: Array, numbers: Array) -> Array:
