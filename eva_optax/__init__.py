@@ -19,8 +19,11 @@ from eva_optax._transforms.eva import scale_by_eva
 from eva_optax._transforms.eva_f import scale_by_eva_f
 from eva_optax._transforms.eva_s import scale_by_eva_s
 from eva_optax._transforms.foof import scale_by_foof
+from eva_optax._transforms.foof_aliases import foof_adamw, foof_muon
+from eva_optax._transforms.hidden_probes import not_probes
 from eva_optax._transforms.kfac import scale_by_kfac
 from eva_optax._transforms.published import eva, eva_f, eva_s
+from eva_optax._transforms.published_factored import foof, kfac
 from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, ScaleByKfacState, SketchState
 
 __version__ = "0.1.0"
@@ -47,7 +50,12 @@ __all__ = [
     "eva_muon",
     "eva_s",
     "factors",
+    "foof",
+    "foof_adamw",
+    "foof_muon",
+    "kfac",
     "merge_factors",
+    "not_probes",
     "plot_diagnostics",
     "register",
     "scale_by_eva",

@@ -121,7 +121,8 @@ def _factored(power: ArrayLike, known: Sequence[tuple[Sides, Damping]]) -> list[
         condition, residual = health
         for _, other in others:
             condition, residual = condition * other.condition, jnp.maximum(residual, other.residual)
-        inverses.append(Inverse(inputs, outputs, None, condition, residual, jnp.zeros_like(residual, jnp.int32)))
+        age = jnp.zeros_like(residual, jnp.int32)
+        inverses.append(Inverse(inputs, outputs, None, condition, residual, age))
     return inverses
 
 
@@ -150,7 +151,9 @@ def _in_eigenvectors(known: Sequence[tuple[Sides, Damping]]) -> list[Inverse]:
             of_inputs.values[..., at, None] * of_outputs.values[..., at, None] + rest for at in (-1, 0)
         )
         residual = jnp.maximum(residual, other)
-        inverses.append(Inverse(of_inputs, of_outputs, rest, largest / smallest, residual, jnp.zeros_like(rest, jnp.int32)))
+        inverses.append(
+            Inverse(of_inputs, of_outputs, rest, largest / smallest, residual, jnp.zeros_like(rest, jnp.int32))
+        )
     return inverses
 
 

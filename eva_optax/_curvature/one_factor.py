@@ -19,7 +19,7 @@ from eva_optax._curvature.nystrom import Basis, whiten
 from eva_optax._probes.directions import directions
 from eva_optax._probes.layers import Layer
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import DIAGONAL, FACTORS, INPUTS, MOMENT, OUTPUTS, SKETCH, TRACE
+from eva_optax._probes.probe import DIAGONAL, INPUTS, MOMENT, OUTPUTS, SKETCH, TRACE
 from eva_optax._probes.sketch_axes import SketchAxes
 
 _COLUMNS = "z"  # as in `SketchAxes`
@@ -147,9 +147,7 @@ def _trace(matrices: Array) -> Array:
 
 def side_powers(sides: Sequence[tuple[Side, Array, Array]], power: ArrayLike) -> list[tuple[Power, Health]]:
     """((A + shift) / floor)^power of each side with its shifts and floors, not finite where there is none."""
-    moments = [
-        Moment(*side.moment, shift, floor) for side, shift, floor in sides if side.matrix is not None
-    ]
+    moments = [Moment(*side.moment, shift, floor) for side, shift, floor in sides if side.matrix is not None]
     of_matrices = iter(powers(moments, power))
     return [
         next(of_matrices) if side.matrix is not None else _by_vectors(side, shift, floor, power)

@@ -99,7 +99,9 @@ class SketchAxes(NamedTuple):
 
     def by_batch(self, numbers: Array) -> Array:
         """Numbers for a stack of layers, laid out against their kernels, as (stack, *batch)."""
-        return jnp.broadcast_to(numbers, (len(numbers), *self._batch_alone)).reshape(len(numbers), *self.sizes(self.batch))
+        return jnp.broadcast_to(numbers, (len(numbers), *self._batch_alone)).reshape(
+            len(numbers), *self.sizes(self.batch)
+        )
 
     def against_kernel(self, numbers: Array) -> Array:
         """Undoes it."""

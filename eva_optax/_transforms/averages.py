@@ -1,14 +1,22 @@
 """One step of the running averages: what is new of each layer enters them, and what is not finite does not."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from eva_optax._probes.fusion import materialize
-from eva_optax._probes.probe import OUTPUTS
+from eva_optax._probes.probe import FACTORS, OUTPUTS, TRACE
 from eva_optax._probes.vectors import Scales
 
 Vectors = dict[str, Array]
+
+
+def has_weights(averages: Mapping[str, Any]) -> bool:
+    """Whether there are second moments among them, whose averages count how much went into them."""
+    return not averages.keys().isdisjoint((TRACE, *FACTORS))
 
 
 def update_moving_average(

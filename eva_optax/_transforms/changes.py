@@ -19,11 +19,10 @@ from eva_optax._probes.layout import Layout
 from eva_optax._probes.probe import DIAGONAL, FACTORS, INPUTS, TRACE
 from eva_optax._probes.sketch_axes import SketchAxes
 from eva_optax._probes.stacking import unstack
-from eva_optax._transforms.averages import Vectors
-from eva_optax._transforms.driver import Part, Step, has_weights, total_like
+from eva_optax._transforms.averages import Vectors, has_weights
+from eva_optax._transforms.driver import Part, Step, total_like
 from eva_optax._transforms.renewal import Source, renew_inverses, start_inverses
 from eva_optax._transforms.state import CenterState, ConjugateState, SketchState
-
 
 _ROOT = Recipe(power=-0.5)
 
@@ -92,6 +91,11 @@ class Whitened(NamedTuple):
             return [precondition(layout, update, root) for update, root in zip(updates, carried, strict=True)]
         along = column_products(layout, updates, averages["a"])
         return self.curvature.write(layout, updates, averages, along, carried)
+
+
+def whitened(damping: ArrayLike, relative: bool, every: ArrayLike) -> Whitened:
+    """These coordinates, by the options that users give. Absolute damping γ makes R = (I + A/γ)^(−½)."""
+    return Whitened(Damping(damping, relative, keep_scale=True), every)
 
 
 def _explained(root: Inverse) -> Array:

@@ -8,8 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from eva_optax._probes.probe import COUNTER
-from eva_optax._transforms.diagnostics import averages_by_layer, find_states
-from eva_optax._transforms.state import ConjugateState, ScaleByEvaState, SketchState
+from eva_optax._transforms.diagnostics import Found, averages_by_layer, find_states
 from eva_optax._transforms.untapped import UNTAPPED
 
 _MOST_NAMES = 5
@@ -30,8 +29,8 @@ def check(state: Any) -> None:
     untapped=0)`` starts anew; to live with some skipped steps, log `diagnostics` instead.
 
     Args:
-      state: an optimizer's state with a `ScaleByEvaState`, `ConjugateState` or `SketchState` anywhere in it: of
-        `chain`, `MultiSteps`, `inject_hyperparams`, a `TrainState`, an `nnx.Optimizer`.
+      state: an optimizer's state with a `ScaleByEvaState`, `ScaleByKfacState`, `ConjugateState` or `SketchState`
+        anywhere in it: of `chain`, `MultiSteps`, `inject_hyperparams`, a `TrainState`, an `nnx.Optimizer`.
 
     Returns:
       None.
@@ -73,19 +72,20 @@ def _total(counter: Any) -> int:
     return sum(int(np.sum(jax.device_get(leaf))) for leaf in jax.tree.leaves(counter))
 
 
-def _skipped_message(state: ScaleByEvaState | ConjugateState | SketchState, skipped: int) -> str:
+def _skipped_message(state: Found, skipped: int) -> str:
     names = list(_never_averaged(state))
     shown = ", ".join(map(repr, names[:_MOST_NAMES])) + (", …" if len(names) > _MOST_NAMES else "")
     return (
         f"eva_optax.check: layers were skipped {skipped} times, because their vectors or the squares of these were not "
-        "finite, or because something scaled the entries of their probes' gradients each for itself. "
+        "finite, because their factors could not be inverted, or because something scaled the entries of their probes' "
+        "gradients each for itself. "
         + (f"These layers never had an average: {shown}. " if names else "All layers had an average at some time. ")
         + "Look for activations that overflow or are NaN, and for what changes gradients before Eva: it comes first in "
         "a chain, before Adam, signs and noise. In the latter case an update outside of jit names the layer."
     )
 
 
-def _never_averaged(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[str]:
+def _never_averaged(state: Found) -> Iterator[str]:
     """The names of the layers that have no average in a state."""
     layers, names = averages_by_layer(state)
     (scalars,) = jax.device_get(jax.tree.leaves(state.scalars))

@@ -8,10 +8,10 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
-from eva_optax._curvature.curvature import Damping, Gradient
+from eva_optax._curvature.curvature import Gradient
 from eva_optax._probes.layers import take_apart
 from eva_optax._transforms.averages import keep_finite
-from eva_optax._transforms.changes import Centred, Whitened, is_valid
+from eva_optax._transforms.changes import Centred, Whitened, is_valid, whitened
 from eva_optax._transforms.driver import observe, start
 from eva_optax._transforms.hidden_probes import hide_places, hide_probes, put_probes_back
 from eva_optax._transforms.options import check_decay, check_positive
@@ -90,7 +90,11 @@ def conjugate(
     check_decay("conjugate", sketch_decay)
     check_positive("conjugate", every=every)
     return in_coordinates(
-        "conjugate", lambda tree: inner, Whitened(Damping(damping, relative, keep_scale=True), every), decay, sketch_decay
+        "conjugate",
+        lambda tree: inner,
+        whitened(damping, relative, every),
+        decay,
+        sketch_decay,
     )
 
 

@@ -11,12 +11,15 @@ from jax.typing import ArrayLike
 
 from eva_optax._probes.layers import layer_names, take_apart
 from eva_optax._probes.layout import find_stacked
-from eva_optax._probes.probe import COUNTER, MOMENT, TRACE, Path, is_probe
+from eva_optax._probes.probe import COUNTER, FACTORS, MOMENT, TRACE, Path, is_probe, statistic_of
+from eva_optax._transforms.averages import has_weights
 from eva_optax._transforms.kept import Scalars
-from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, SketchState
+from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, ScaleByKfacState, SketchState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Found = ScaleByEvaState | ConjugateState | SketchState | ScaleByKfacState
 
 _TITLES = {
     "nu": "step-size factor ν",
@@ -28,6 +31,9 @@ _TITLES = {
     "norm_b": "norm of the summed cotangent ‖b‖",
     "norm": "norm of the means ‖V‖",
     "trace": "mean square of the inputs",
+    "condition": "condition number of what the gradient is multiplied by",
+    "residual": "residual of the inverse",
+    "age": "steps since the inverse was made",
 }
 
 
@@ -46,14 +52,19 @@ def diagnostics(state: Any) -> dict[str, Array]:
     "<kernel>/norm"      ‖V‖ (`scale_by_eva_s`)
     "<layer>/trace"      the mean square of the layer's inputs, where the model is tapped with a rank
     "<layer>/explained"  the share of it that lies in the directions of the sketch (`conjugate`)
+    "<layer>/condition"  the condition number of what its gradient is multiplied by, when that was made
+                         (`scale_by_foof`, `scale_by_kfac`, `conjugate` for second moments); of inverses in the 1-norm
+    "<layer>/residual"   its residual then, along one vector: from 0.1 on it is not used, and the old one is kept
+    "<layer>/age"        steps since then
     ===================  ===============================================================================================
 
-    Cosines come from sums that the update takes anyway, norms from the averages in the state. A scanned layer has one
-    entry for each of its layers, "<layer>[2]/cosine"; groups of a convolution are averaged.
+    Cosines come from sums that the update takes anyway, norms from the averages in the state; with `scale_by_foof` and
+    `scale_by_kfac` they are those of gradient and update. A scanned layer has one entry for each of its layers,
+    "<layer>[2]/cosine"; groups of a convolution are averaged. Of condition, residual and age there is one, the largest.
 
     Args:
-      state: an optimizer's state with a `ScaleByEvaState`, `ConjugateState` or `SketchState` anywhere in it, or an
-        `nnx.Optimizer`. Where there are several, the keys begin with "0/", "1/", in their order.
+      state: an optimizer's state with a `ScaleByEvaState`, `ScaleByKfacState`, `ConjugateState` or `SketchState`
+        anywhere in it, or an `nnx.Optimizer`. Where there are several, the keys begin with "0/", "1/", in their order.
 
     Returns:
       Scalars by name. Works under `jit` too; `jax.device_get` makes numbers of them.
@@ -130,7 +141,7 @@ def plot_diagnostics(history: Sequence[Mapping[str, ArrayLike]], steps: Sequence
     return figure
 
 
-def find_states(caller: str, tree: Any) -> list[ScaleByEvaState | ConjugateState | SketchState]:
+def find_states(caller: str, tree: Any) -> list[Found]:
     """The states of this library in `tree`, also inside one another, in their order.
 
     Raises:
@@ -139,16 +150,17 @@ def find_states(caller: str, tree: Any) -> list[ScaleByEvaState | ConjugateState
     found = list(_find(tree))
     if not found:
         raise ValueError(
-            f"eva_optax.{caller}: there is no ScaleByEvaState, ConjugateState or SketchState in the state of type "
-            f"{type(tree).__name__}. Give it the state of an optimizer that has a transformation of eva_optax in it."
+            f"eva_optax.{caller}: there is no ScaleByEvaState, ScaleByKfacState, ConjugateState or SketchState in the "
+            f"state of type {type(tree).__name__}. Give it the state of an optimizer that has a transformation of "
+            "eva_optax in it."
         )
     return found
 
 
-def _find(tree: Any) -> Iterator[ScaleByEvaState | ConjugateState | SketchState]:
+def _find(tree: Any) -> Iterator[Found]:
 
     def ours(node: Any) -> bool:
-        return isinstance(node, ScaleByEvaState | ConjugateState | SketchState)
+        return isinstance(node, Found)
 
     for node in jax.tree.leaves(tree, is_leaf=ours):
         if ours(node):
@@ -159,7 +171,7 @@ def _find(tree: Any) -> Iterator[ScaleByEvaState | ConjugateState | SketchState]
 
 def _unboxed(state: Any) -> Any:
     """A state whose single arrays are without the boxes that an optimizer of NNX puts around them."""
-    single = {name for name in state._fields if name not in ("vectors", "inner", "bases")}
+    single = {name for name in state._fields if name not in ("vectors", "inner", "bases", "inverses")}
     return state._replace(**{name: jax.tree.leaves(getattr(state, name))[0] for name in single})
 
 
@@ -168,12 +180,12 @@ def averages_by_layer(state: Any) -> tuple[dict[Path, dict[str, Array]], dict[Pa
     layers: dict[Path, dict[str, Array]] = {}
     for path, leaf in take_apart(state.vectors).items():
         place, name = (path[:-1], path[-1]) if is_probe(path) else (path, "means")
-        layers.setdefault(place, {})[name] = leaf
+        layers.setdefault(place, {})[statistic_of(name)] = leaf
     return layers, layer_names(path for path in layers if is_probe(path))
 
 
-def _report(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[tuple[str, Array]]:
-    if isinstance(state, ScaleByEvaState):
+def _report(state: Found) -> Iterator[tuple[str, Array]]:
+    if isinstance(state, ScaleByEvaState | ScaleByKfacState):
         yield "nu", state.nu
     yield "skipped", state.skipped
     yield "untapped", state.untapped
@@ -196,7 +208,7 @@ def _report(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[t
         for index, position in enumerate(np.ndindex(*sizes)):
             key = f"{names[path]}[{','.join(map(str, position))}]" if stacked else names[path]
             for name, average in averages.items():
-                if name == MOMENT:
+                if name in (MOMENT, *FACTORS):
                     continue
                 chosen = dict(zip([axis for _, axis in stacked], position, strict=True))
                 part = average[tuple(chosen.get(axis, slice(None)) for axis in range(average.ndim))]
@@ -205,5 +217,9 @@ def _report(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[t
                 else:
                     yield f"{key}/norm_{name}".removeprefix("/"), jnp.linalg.norm(part.ravel())
             if not isinstance(state, CenterState):
-                share = "explained" if TRACE in averages else "cosine"
-                yield f"{key}/{share}".removeprefix("/"), cosine[index]
+                whitened = isinstance(state, SketchState) and has_weights(averages)
+                yield f"{key}/{'explained' if whitened else 'cosine'}".removeprefix("/"), cosine[index]
+    held = state.inverses if isinstance(state, ScaleByKfacState) else getattr(state, "bases", {})
+    for name, inverse in held.items():
+        for figure in ("condition", "residual", "age"):
+            yield f"{name}/{figure}".removeprefix("/"), jnp.max(jax.tree.leaves(getattr(inverse, figure))[0])

@@ -16,10 +16,16 @@ from eva_optax._curvature.curvature import Curvature, Damping, Gradient, Solutio
 from eva_optax._curvature.one_factor import traces
 from eva_optax._probes.layers import Layer, Tree, take_apart
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import FACTORS, TRACE, is_probe
+from eva_optax._probes.probe import is_probe
 from eva_optax._probes.stacking import stack, unstack
 from eva_optax._probes.vectors import Scales
-from eva_optax._transforms.averages import Vectors, keep_finite, update_moving_average, update_weighted_average
+from eva_optax._transforms.averages import (
+    Vectors,
+    has_weights,
+    keep_finite,
+    update_moving_average,
+    update_weighted_average,
+)
 from eva_optax._transforms.buckets import Bucket, fill_buckets
 from eva_optax._transforms.centralized import are_centralized
 from eva_optax._transforms.kept import End, Kept, Scalars, start_state
@@ -171,11 +177,6 @@ def observe(
             formed = formed & (total_like(used, trace) != 0)
         parts.append(Part(bucket, gradients, old, averages, used, formed, weight, scalars))
     return Step(tree, parts, kept)
-
-
-def has_weights(averages: Vectors) -> bool:
-    """Whether there are second moments among them, whose averages count how much went into them."""
-    return not averages.keys().isdisjoint((TRACE, *FACTORS))
 
 
 def total_like(used: Array, numbers: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import optax
@@ -10,15 +10,15 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eva_optax._curvature.curvature import Damping, Gradient, Tapped, cosine
-from eva_optax._curvature.kronecker import Recipe, precondition
+from eva_optax._curvature.kronecker import Recipe, Split, precondition
 from eva_optax._curvature.one_factor import input_names, output_names
 from eva_optax._probes.layers import Layer, Tree, take_apart
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import OUTPUTS, Shape, is_probe
+from eva_optax._probes.probe import INPUTS, OUTPUTS, Moments, Shape, is_probe
 from eva_optax._probes.stacking import stack, unstack
-from eva_optax._transforms.averages import keep_finite
+from eva_optax._transforms.averages import has_weights, keep_finite
 from eva_optax._transforms.changes import is_valid
-from eva_optax._transforms.driver import Part, Rate, has_weights, observe, start
+from eva_optax._transforms.driver import Part, Rate, observe, start
 from eva_optax._transforms.options import check_decay, check_positive
 from eva_optax._transforms.renewal import Source, renew_inverses, start_inverses
 from eva_optax._transforms.state import ScaleByKfacState, check_state
@@ -29,7 +29,7 @@ Start = Literal["weighted", "first", "identity"]
 
 @dataclass(frozen=True)
 class Factors(Tapped):
-    """The factors of each layer, as far as its tap collects them, and vectors in the place of those that it does not."""
+    """The factors of each layer, as far as its tap collects them; vectors in the place of those that it does not."""
 
     two_sided: bool
     statistics: tuple[str, ...] = ("a",)
@@ -66,17 +66,24 @@ def precondition_by_factors(
     kl_clip: ArrayLike = 1e-3,
     learning_rate: Rate = 1.0,
     gain: ArrayLike = 1.0,
+    sharing: str | None = None,
 ) -> optax.GradientTransformation:
-    """The transformation that multiplies the gradient of each layer by inverses of its factors, and by `gain`."""
-    check_positive(caller, damping=damping.value, kl_clip=kl_clip, every=every, gain=gain)
+    """The transformation that multiplies the gradient of each layer by inverses of its factors, and by `gain`.
+
+    `sharing` is how the model must be tapped, if that matters.
+    """
+    check_positive(caller, damping=damping.value, kl_clip=kl_clip, every=every)
     check_decay(caller, averaging.decay)
     check_step_rule(caller, step_rule)
+    _check_recipe(caller, recipe)
     factors = Factors(recipe.two_sided)
 
     def init(params: Any) -> ScaleByKfacState:
         kept, tree = start(caller, factors, params), take_apart(params)
         if recipe.two_sided:
             _check_two_sided(caller, tree)
+        if sharing is not None:
+            _check_sharing(caller, tree, sharing)
         inverses = start_inverses(recipe, tree, tree.layers, factors.names)
         return ScaleByKfacState(jnp.zeros((), jnp.int32), *kept, jnp.ones((), kept[1].dtype), inverses)
 
@@ -193,6 +200,26 @@ def _damping(damping: Damping, averaging: Averaging, part: Part, valid: Array) -
     weight = jnp.where(valid, part.weight, part.scalars.started)
     came_after = (1 - jnp.asarray(averaging.decay, weight.dtype)) * weight
     return damping._replace(value=damping.value + 1 / came_after - 1)
+
+
+def _check_recipe(caller: str, recipe: Recipe) -> None:
+    if isinstance(recipe.power, int | float) and not recipe.power < 0:
+        raise ValueError(f"eva_optax.{caller}: power must be less than 0, got {recipe.power}; -1 is the inverse.")
+    if recipe.split not in get_args(Split):
+        raise ValueError(f"eva_optax.{caller}: split must be one of {get_args(Split)}, got {recipe.split!r}.")
+
+
+def _check_sharing(caller: str, tree: Tree, sharing: str) -> None:
+    for layer in tree.layers:
+        for name in (INPUTS, OUTPUTS):
+            found = Moments.of(tree.paths[layer.probe[name]][-1]).sharing if name in layer.probe else sharing
+            if found != sharing:
+                raise ValueError(
+                    f"eva_optax.{caller}: sharing={sharing!r}, but layer {layer.name!r} is tapped with "
+                    f'sharing={found!r}. Tap the model with eva_optax.tap(model, factors="both", '
+                    f"sharing={sharing!r}), or give {caller} sharing={found!r}; where every kernel is used at one "
+                    "position of a sample, as in a plain stack of dense layers, both are the same."
+                )
 
 
 def _check_two_sided(caller: str, tree: Tree) -> None:
