@@ -92,8 +92,8 @@ class Solution(NamedTuple):
         return self.gg, factor * (self.gg - self.gv), jnp.maximum(pp, 0)
 
 
-class Curvature(Protocol):
-    """One kind of curvature."""
+class Statistics(Protocol):
+    """What is collected and averaged of each layer."""
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -107,6 +107,10 @@ class Curvature(Protocol):
     def observe(self, gradient: Gradient) -> dict[str, Array]:
         """What a curvature without statistics takes from a gradient, by name."""
         ...
+
+
+class Curvature(Statistics, Protocol):
+    """One kind of curvature."""
 
     def read(self, layout: Layout, gradients: Sequence[Gradient], averages: Averages) -> tuple[Sums, Any]:
         """Sums over each layer, one number for each and for each of its batch axes, and what `write` needs beside."""

@@ -190,36 +190,38 @@ def identity_like(inverse: Any) -> Any:
             return Eigenbasis(eye(part.kernel), bias, zeros(part.values))
         return None
 
-    sides = (side(part) for part in (inverse.inputs, inverse.outputs))
-    return Inverse(*sides, ones(inverse.rest), ones(inverse.condition), zeros(inverse.residual), zeros(inverse.age))
+    rest, condition = ones(inverse.rest), ones(inverse.condition)
+    inputs, outputs = side(inverse.inputs), side(inverse.outputs)
+    return Inverse(inputs, outputs, rest, condition, zeros(inverse.residual), zeros(inverse.age))
 
 
 def precondition(layout: Layout, gradient: Gradient, inverse: Inverse) -> Gradient:
     """A layer's gradient times its inverse."""
-    axes = SketchAxes.of(layout)
-    if isinstance(inverse.inputs, Eigenbasis) and isinstance(inverse.outputs, Eigenbasis):
-        return _through_eigenvectors(layout, gradient, inverse, inverse.inputs, inverse.outputs)
-    assert not isinstance(inverse.inputs, Eigenbasis)
-    kernel, bias = multiply(axes, inverse.inputs, gradient)
-    if inverse.outputs is None:
+    inputs, outputs = inverse.inputs, inverse.outputs
+    if isinstance(inputs, Eigenbasis):
+        assert isinstance(outputs, Eigenbasis)
+        assert inverse.rest is not None
+        return _through_eigenvectors(layout, gradient, inputs, outputs, inverse.rest)
+    assert not isinstance(outputs, Eigenbasis)
+    kernel, bias = multiply(SketchAxes.of(layout), inputs, gradient)
+    if outputs is None:
         return Gradient(kernel, bias)
-    assert not isinstance(inverse.outputs, Eigenbasis)
     others = SketchAxes.of_outputs(layout)
 
     def along_outputs(array: Array) -> Array:
-        return multiply(others, inverse.outputs, Gradient(array, None)).kernel
+        return multiply(others, outputs, Gradient(array, None)).kernel
 
     return Gradient(along_outputs(kernel), None if bias is None else along_outputs(bias))
 
 
 def _through_eigenvectors(
-    layout: Layout, gradient: Gradient, inverse: Inverse, inputs: Eigenbasis, outputs: Eigenbasis
+    layout: Layout, gradient: Gradient, inputs: Eigenbasis, outputs: Eigenbasis, rest: Array
 ) -> Gradient:
     kernel, bias = gradient
     along = Along(SketchAxes.of(layout), kernel)
     rows = along.to_columns(inputs.kernel, kernel, bias, inputs.bias)
     flat = replicate(rows).reshape(*inputs.values.shape[:-2], inputs.values.shape[-1], outputs.values.shape[-1])
-    weights = 1 / (inputs.values.mT * outputs.values + inverse.rest)
+    weights = 1 / (inputs.values.mT * outputs.values + rest)
     turned = weights * jnp.matmul(flat, outputs.kernel, precision=EXACT)
     rows = jnp.matmul(turned, outputs.kernel.mT, precision=EXACT).reshape(rows.shape)
     kernel = along.from_columns(inputs.kernel, rows)

@@ -164,6 +164,8 @@ def _by_vectors(side: Side, shift: Array, floor: Array, power: ArrayLike) -> tup
 
 
 def _basis(side: Side, shift: Array, floor: Array, power: ArrayLike) -> tuple[Basis, Health]:
+    assert side.mean is not None
+
     def one(sketch: Array | None, mean: Array, square: Array, shift: Array, floor: Array) -> Basis:
         return whiten(sketch, side.omega, mean, square, shift, floor, has_bias=side.has_bias, power=power)
 

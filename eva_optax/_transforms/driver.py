@@ -12,7 +12,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from eva_optax._curvature.curvature import Curvature, Damping, Gradient, Solution
+from eva_optax._curvature.curvature import Curvature, Damping, Gradient, Solution, Statistics
 from eva_optax._curvature.one_factor import traces
 from eva_optax._probes.layers import Layer, Tree, take_apart
 from eva_optax._probes.layout import Layout
@@ -80,7 +80,7 @@ def precondition(
     return optax.GradientTransformation(init, update)
 
 
-def start(caller: str, curvature: Curvature, params: Any) -> tuple[Any, Array, Array, Array]:
+def start(caller: str, curvature: Statistics, params: Any) -> tuple[Any, Array, Array, Array]:
     """`start_state` of a curvature, for its layers; `params` may hold shapes instead of arrays."""
     tree = take_apart(params)
     check_nested(caller, tree)
@@ -90,7 +90,7 @@ def start(caller: str, curvature: Curvature, params: Any) -> tuple[Any, Array, A
     return start_state(tree, _layers(curvature, tree), curvature)
 
 
-def _layers(curvature: Curvature, tree: Tree) -> Sequence[Layer]:
+def _layers(curvature: Statistics, tree: Tree) -> Sequence[Layer]:
     """The tapped layers; for a curvature that needs no tap each matrix and tensor that is no probe."""
     if curvature.statistics:
         return tree.layers
@@ -143,7 +143,7 @@ class Step(NamedTuple):
 
 
 def observe(
-    caller: str, curvature: Curvature, tree: Tree, state: Any, decay: ArrayLike, moment_decay: ArrayLike | None = None
+    caller: str, curvature: Statistics, tree: Tree, state: Any, decay: ArrayLike, moment_decay: ArrayLike | None = None
 ) -> Step:
     """Finds the layers of a tree of gradients, and takes their statistics into the running averages.
 
@@ -185,7 +185,7 @@ def total_like(used: Array, numbers: Array) -> Array:
 
 
 def _statistics(
-    caller: str, curvature: Curvature, buckets: Sequence[Bucket], tree: Tree
+    caller: str, curvature: Statistics, buckets: Sequence[Bucket], tree: Tree
 ) -> tuple[list[Vectors], list[Scales | None]]:
     """What the probes of each bucket received, and what it has to be multiplied by; nothing without a tap."""
     if not curvature.statistics:

@@ -18,7 +18,7 @@ from eva_optax._probes.probe import INPUTS, OUTPUTS, Moments, Shape, is_probe
 from eva_optax._probes.stacking import stack, unstack
 from eva_optax._transforms.averages import has_weights, keep_finite
 from eva_optax._transforms.changes import is_valid
-from eva_optax._transforms.driver import Part, Rate, observe, start
+from eva_optax._transforms.driver import Part, Rate, observe, start, total_like
 from eva_optax._transforms.options import check_decay, check_positive
 from eva_optax._transforms.renewal import Source, renew_inverses, start_inverses
 from eva_optax._transforms.state import ScaleByKfacState, check_state
@@ -94,7 +94,10 @@ def precondition_by_factors(
         moment_decay = None if averaging.start == "first" else decay
         step = observe(caller, factors, take_apart(updates), state, decay, moment_decay)
         squares = [_inner(part.bucket.layout, part.gradients, part.gradients) for part in step.parts]
-        valid = [is_valid(part) & jnp.isfinite(gg) for part, gg in zip(step.parts, squares, strict=True)]
+        valid = [
+            is_valid(part) & jnp.isfinite(total_like(part.used, gg))
+            for part, gg in zip(step.parts, squares, strict=True)
+        ]
         averages = [keep_finite(good, part.new, part.old) for part, good in zip(step.parts, valid, strict=True)]
         sources = [
             Source(part, kept, good | (part.scalars.started > 0), _damping(damping, averaging, part, good))
@@ -168,7 +171,8 @@ class _Product(NamedTuple):
         layers = zip(part.bucket.layers, part.gradients, self.changed, numbers, strict=True)
         for layer, given, (kernel, bias), (use, scale) in layers:
             kernel = jnp.where(use, scale * kernel, given.kernel)
-            bias = None if bias is None else jnp.where(use, scale * bias, given.bias)
+            if bias is not None and given.bias is not None:
+                bias = jnp.where(use, scale * bias, given.bias)
             layer.place(kernel, bias, leaves)
 
 

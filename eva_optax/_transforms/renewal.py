@@ -41,13 +41,17 @@ def start_inverses(
 ) -> dict[str, Inverse]:
     """The identity for each layer, by its name; `names` are those of its averages."""
 
-    def made(layer: Layer) -> Inverse:
+    def known(layer: Layer) -> Known:
         dtype = accumulator(tree.leaves[layer.kernel].dtype)
         zeros = {name: jnp.zeros((1, *layer.layout.split_shape(layer.shapes[name])), dtype) for name in names(layer)}
-        (inverse,) = make_inverses(recipe, [Known(layer.layout, layer.bias is not None, zeros, Damping(1.0, True))])
-        return jax.tree.map(lambda stacked: stacked[0], inverse)
+        return Known(layer.layout, layer.bias is not None, zeros, Damping(1.0, relative=True))
 
-    return {layer.name: identity_like(jax.eval_shape(lambda layer=layer: made(layer))) for layer in layers}
+    def make() -> list[Inverse]:
+        made = make_inverses(recipe, list(map(known, layers)))
+        return [jax.tree.map(lambda stacked: stacked[0], inverse) for inverse in made]
+
+    shapes = jax.eval_shape(make)
+    return {layer.name: identity_like(shape) for layer, shape in zip(layers, shapes, strict=True)}
 
 
 def renew_inverses(
