@@ -1,4 +1,4 @@
-"""Powers of Kronecker factors against dense matrices in float64, for every kind of layer, and what cannot be inverted."""
+"""Powers of Kronecker factors against dense matrices, for every kind of layer, and what cannot be inverted."""
 
 import flax.linen as nn
 import jax
