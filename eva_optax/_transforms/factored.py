@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.experimental.shard_alike import shard_alike
 from jax.typing import ArrayLike
 
 from eva_optax._curvature.curvature import Damping, Gradient, Tapped, cosine
@@ -170,9 +171,10 @@ class _Product(NamedTuple):
         numbers = zip(unstack(usable), unstack(factor), strict=True)
         layers = zip(part.bucket.layers, part.gradients, self.changed, numbers, strict=True)
         for layer, given, (kernel, bias), (use, scale) in layers:
-            kernel = jnp.where(use, scale * kernel, given.kernel)
+            # Products with matrices would otherwise lie as these do.
+            kernel, _ = shard_alike(jnp.where(use, scale * kernel, given.kernel), given.kernel)
             if bias is not None and given.bias is not None:
-                bias = jnp.where(use, scale * bias, given.bias)
+                bias, _ = shard_alike(jnp.where(use, scale * bias, given.bias), given.bias)
             layer.place(kernel, bias, leaves)
 
 

@@ -81,7 +81,7 @@ def renew_inverses(
             # What has no average yet is not renewed.
             condition = jnp.where(known[..., None, None], inverse.condition, jnp.nan)
             each += _by_layer(inverse._replace(condition=condition))
-        return [jax.tree.map(shard_like, new, kept) for new, kept in zip(each, old, strict=True)]
+        return jax.tree.map(lambda new, kept: shard_like(new.astype(kept.dtype), kept), each, old)
 
     due = (count % jnp.asarray(every, count.dtype) == 0) | (count < every)
     chosen, renewed = renew(due, make, old)
