@@ -254,8 +254,9 @@ def test_updates_by_sketches_equal_one_device_and_move_no_kernel(kind):
     assert max(moved["all-reduce"]) < 64 * 128 / 4
 
 
-def test_sketches_of_a_sharded_batch_join_the_all_reduce_of_the_gradients():
-    mesh, model = make_mesh(), eva_optax.tap(Network(), rank=2)
+@pytest.mark.parametrize("options", [{"rank": 2}, {"factors": "both"}], ids=["sketches", "factors"])
+def test_second_moments_of_a_sharded_batch_join_the_all_reduce_of_the_gradients(options):
+    mesh, model = make_mesh(), eva_optax.tap(Network(), **options)
     params = model.init(jax.random.key(0), batch()[0])["params"]
     placed, data = place(params, mesh, LAYOUTS["data parallel"])
     gradient = jax.jit(jax.grad(partial(loss, model=model)), out_shardings=NamedSharding(mesh, P()))
@@ -263,6 +264,25 @@ def test_sketches_of_a_sharded_batch_join_the_all_reduce_of_the_gradients():
     assert set(moved) == {"all-reduce"}
     wanted = jax.jit(jax.grad(partial(loss, model=model)))(params, *batch())
     assert_close(gradient(placed, *data), wanted)
+
+
+def test_factors_of_sharded_layers_equal_those_of_one_device():
+    """Where shardings are part of the types, and each layer's inputs or outputs are split; with a traced flag."""
+
+    def gradient(model, params, x, y, flag):
+        with eva_optax.tapping(factors=flag):
+            return jax.grad(partial(loss, model=model))(params, x, y)
+
+    model, mesh = eva_optax.tap(Network(), factors="both"), make_mesh(AxisType.Explicit)
+    params = model.init(jax.random.key(0), batch()[0])["params"]
+    wanted = jax.jit(partial(gradient, model))(params, *batch(), True)
+    rows, kernels, biases = LAYOUTS["tensor parallel"]
+    dot_general = partial(jax.lax.dot_general, out_sharding=P(rows, None, None))
+    spread = eva_optax.tap(Network(dot_general), factors="both")
+    with jax.set_mesh(mesh):
+        placed, data = place(params, mesh, (rows, kernels, biases))
+        grads = jax.jit(partial(gradient, spread))(placed, *data, True)
+    assert_close(grads, wanted)
 
 
 RULES = (("batch", ("data", "fsdp")), ("embed", "fsdp"), ("mlp", "model"))

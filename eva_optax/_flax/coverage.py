@@ -1,5 +1,6 @@
 """Which parameters of a model are tapped, which are not, and why."""
 
+import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ import numpy as np
 from eva_optax._flax.linen import Interceptor
 from eva_optax._flax.tapped_module import TappedModule
 from eva_optax._flax.verify import Errors, collect, perturbed, random_key, verifying
-from eva_optax._probes.layers import take_apart
-from eva_optax._probes.probe import Path, is_probe
+from eva_optax._probes.layers import Layer, take_apart
+from eva_optax._probes.probe import DIAGONAL, INPUTS, MOMENT, OUTPUTS, TRACE, Path, is_probe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,6 +28,7 @@ class CoverageRow(NamedTuple):
     """One parameter: its path, shape, whether it is tapped, and if not, why; and whether its layer can be centred.
 
     After `coverage(..., verify=True)` also how far the layer's output is from its equation's, None where not compared.
+    Of a kernel also which second moments its tap collects: "rank 16 of 64", "A 64×64, B 32×32".
     """
 
     path: str
@@ -35,6 +37,7 @@ class CoverageRow(NamedTuple):
     reason: str
     centered: bool
     error: float | None = None
+    moments: str = ""
 
     @property
     def size(self) -> int:
@@ -91,6 +94,7 @@ class Coverage:
         for row in self.rows:
             shape = "×".join(map(str, row.shape)) or "scalar"
             answer = "yes" if row.centered else "yes (without bias: not centred)" if row.tapped else f"no: {row.reason}"
+            answer += f"; {row.moments}" if row.moments else ""
             if row.path in self.mismatched:
                 answer += f", but the output is not the equation's: {row.error:.0%} off"
             table.add_row(row.path, shape, f"{row.size:,}", answer)
@@ -158,10 +162,30 @@ def report(
             reason = _reason(owner, ranks.get(path, len(shape)), elementwise)
         centered = layer is not None and layer.bias is not None
         error = errors.get(path) if layer else None
-        return CoverageRow("/".join(path), shape, layer is not None, reason, centered, error)
+        moments = _moments(layer) if layer is not None and layer.path == path else ""
+        return CoverageRow("/".join(path), shape, layer is not None, reason, centered, error, moments)
 
     pairs = zip(tree.paths, tree.leaves, strict=True)
     return Coverage(tuple(row(path, leaf) for path, leaf in pairs if not is_probe(path)))
+
+
+def _moments(layer: Layer) -> str:
+    """Which second moments the probe of a layer collects."""
+    held, layout = layer.shapes, layer.layout
+    sizes = list(zip(layout.a, layout.b, strict=True))
+    inputs = math.prod(i for i, o in sizes if o == 1)
+    outputs = math.prod(o // i for i, o in sizes if o > 1)
+    found = []
+    if TRACE in held:
+        rank = math.prod(held[MOMENT]) // math.prod(layout.a) if MOMENT in held else 0
+        found.append(f"rank {rank} of {inputs}")
+    if DIAGONAL in held:
+        found.append("diagonal of A")
+    if INPUTS in held:
+        found.append(f"A {inputs}×{inputs}")
+    if OUTPUTS in held:
+        found.append(f"B {outputs}×{outputs}")
+    return ", ".join(found)
 
 
 def _reason(owner: type | None, rank: int, elementwise: tuple[type, ...]) -> str:

@@ -51,7 +51,8 @@ def tap(
       sharing: what the rows of matrices are where a kernel is used at several positions: "expand", each position is
         one; "reduce", the mean of a sample's inputs, and the sum of its cotangents, are one. Samples are the first
         axis.
-      factor_rows: make matrices of about so many rows, those of every so many positions or examples; all by default.
+      factor_rows: make second moments of about so many rows, those of every so many positions or examples: by default
+        factors of all, sketches of 512.
       partial: for a Linen model: whether some of its layers may stay without a probe while others have one, as those of
         a frozen part whose parameters were loaded. In NNX tap the parts that are to be tapped.
       **kwargs: likewise.
@@ -133,9 +134,10 @@ def tapping(
     does. A function that was jitted and run before, and is called inside the context, stays untapped, which
     `check` finds.
 
-    With `factors=flag`, a bool or a traced scalar of one, it says instead whether the taps inside form the matrices
-    that they have probes for, of a Linen model or an NNX model that is tapped by `tap(model, factors=...)`. A step
-    without has the matrix products of the untapped program; `scale_by_foof` and its kin then go on with their averages.
+    With `factors=flag`, a bool or a traced scalar of one, it says instead whether the taps inside form the second
+    moments that they have probes for, of a Linen or NNX model that is tapped by `tap(model, factors=...)` or
+    `tap(model, rank=...)`. A step without has the matrix products of the untapped program; `scale_by_foof` and its kin
+    then go on with their averages.
 
     Args:
       embeddings: as for `tap`.
@@ -193,9 +195,10 @@ def coverage(model: Any, *args: Any, verify: bool = False, **kwargs: Any) -> "Co
       **kwargs: likewise.
 
     Returns:
-      A `Coverage`: `rows` (path, shape, tapped, reason), `tapped` and `total` (numbers of entries), `share`, `untapped`
-      (reasons by path), `mismatched` (relative errors by path, after `verify`). `print` shows it as a table. A class
-      that has no rule is tapped once `register` makes it known, or, where one can edit it, by `tap_einsum` inside.
+      A `Coverage`: `rows` (path, shape, tapped, reason, which second moments), `tapped` and `total` (numbers of
+      entries), `share`, `untapped` (reasons by path), `mismatched` (relative errors by path, after `verify`). `print`
+      shows it as a table. A class that has no rule is tapped once `register` makes it known, or, where one can edit it,
+      by `tap_einsum` inside.
 
     Raises:
       TypeError: if `model` is no Flax module, or a Linen model is given no example of its input.

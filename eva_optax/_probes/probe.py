@@ -89,11 +89,11 @@ class LinearMap(KernelShapes, Protocol):
         """b: the cotangent of the layer's output summed over batch and positions, at least float32."""
         ...
 
-    def sketch(self, x: Array, rank: int) -> Array:
-        """y: XᵀXΩ / rows, with the rows of X the inputs of some positions, and Ω of `rank` columns."""
+    def sketch(self, x: Array, rank: int, rows: int) -> Array:
+        """y: XᵀXΩ / rows, with the rows of X the inputs of about so many positions, and Ω of `rank` columns."""
         ...
 
-    def mean_square(self, x: Array) -> Array:
+    def mean_square(self, x: Array, rows: int) -> Array:
         """s: ‖X‖² / rows, over the same rows."""
         ...
 
@@ -107,12 +107,12 @@ class LinearMap(KernelShapes, Protocol):
 
 
 class Moments(NamedTuple):
-    """What A and B are made of, as it stands in their names behind a comma: "A", "A,reduce", "B,rows=512".
+    """What a second moment is made of, as it stands in its name behind a comma: "A", "A,reduce", "B,rows=512".
 
     Attributes:
       sharing: "expand", each position is a row; "reduce", the mean of a sample's inputs and the sum of its cotangents
         are one row.
-      rows: at most so many rows are looked at; None for all.
+      rows: about so many rows are looked at; None for all, for sketches 512.
     """
 
     sharing: str = "expand"
@@ -150,10 +150,14 @@ class Statistic(NamedTuple):
     shape: Callable[[KernelShapes, int], Shape]
 
 
-def _sketch_of(linear_map: LinearMap, x: Array, shape: Shape, _: Moments) -> Array:
+def _sketch_of(linear_map: LinearMap, x: Array, shape: Shape, moments: Moments) -> Array:
     axis = linear_map.last_output_axis
     assert axis is not None
-    return linear_map.sketch(x, shape[axis] // linear_map.probe_shapes[0][axis])
+    return linear_map.sketch(x, shape[axis] // linear_map.probe_shapes[0][axis], moments.rows or _SKETCH_ROWS)
+
+
+def _mean_square_of(linear_map: LinearMap, x: Array, shape: Shape, moments: Moments) -> Array:
+    return linear_map.mean_square(x, moments.rows or _SKETCH_ROWS)
 
 
 def _sketch_shape(shapes: KernelShapes, rank: int) -> Shape:
@@ -193,7 +197,7 @@ STATISTICS = {
     "a": Statistic(True, lambda layer, x, *_: layer.mean_input(x), lambda shapes, _: shapes.probe_shapes[0]),
     "b": Statistic(False, lambda layer, dy, *_: layer.sum_cotangent(dy), lambda shapes, _: shapes.probe_shapes[1]),
     "y": Statistic(True, _sketch_of, _sketch_shape),
-    "s": Statistic(True, lambda layer, x, *_: layer.mean_square(x), _trace_shape),
+    "s": Statistic(True, _mean_square_of, _trace_shape),
     "A": Statistic(True, lambda layer, x, _, moments: layer.input_moment(x, moments), _input_moment_shape),
     "B": Statistic(False, lambda layer, dy, _, moments: layer.output_moment(dy, moments), _output_moment_shape),
     "D": Statistic(True, lambda layer, x, *_: layer.mean_input(x), lambda shapes, _: shapes.probe_shapes[0]),
@@ -203,6 +207,7 @@ MOMENT, TRACE = SKETCH = ("y", "s")  # the trace is there wherever second moment
 INPUTS, OUTPUTS, DIAGONAL = FACTORS = ("A", "B", "D")
 # What is collected is told by names, of statistics and of these.
 _RANK, _FACTORS, _LARGEST, _SHARING, _ROWS = "rank=", "factors=", "max_dim=", "sharing=", "rows="
+_SKETCH_ROWS = 512  # running averages see other rows at each step
 
 
 def accumulator(dtype: DTypeLike) -> Any:
@@ -259,10 +264,14 @@ def check_statistics(
             f'eva_optax.{caller}: factor_rows={factor_rows} looks at some of the positions, sharing="reduce" sums over '
             "all of a sample. Leave one of them out."
         )
-    if not factors:
-        return names
+    if sharing == "reduce" and not factors:
+        raise ValueError(
+            f'eva_optax.{caller}: sharing="reduce" says what the rows of factors are; add factors="input" or "both".'
+        )
     rows = () if factor_rows is None else (f"{_ROWS}{factor_rows}",)
-    return (*names, f"{_FACTORS}{factors}", f"{_LARGEST}{max_dim}", f"{_SHARING}{sharing}", *rows)
+    if factors:
+        names = (*names, f"{_FACTORS}{factors}", f"{_LARGEST}{max_dim}", f"{_SHARING}{sharing}")
+    return (*names, *rows) if factors or rank is not None else names
 
 
 def _is_integer(value: object, least: int) -> bool:
@@ -278,23 +287,22 @@ def probe_shapes(shapes: KernelShapes, statistics: Sequence[str], counter: Shape
     a, b = shapes.probe_shapes
     batched = any(i > 1 and o > 1 for i, o in zip(a, b, strict=True))
     factors = _factors(shapes, statistics)
-    large = option(statistics, _FACTORS) == "both" and OUTPUTS not in map(statistic_of, factors)
+    large = _option(statistics, _FACTORS) == "both" and OUTPUTS not in map(statistic_of, factors)
     wanted = VECTORS if batched or large else [name for name in VECTORS if name in statistics]
-    rank = option(statistics, _RANK)
+    rank = _option(statistics, _RANK)
     if rank is not None and shapes.last_output_axis is not None:
-        wanted = [*wanted, *(SKETCH if int(rank) else SKETCH[1:])]
+        rows = _moments(statistics)
+        wanted = [*wanted, *(rows.name(name) for name in (SKETCH if int(rank) else SKETCH[1:]))]
     leaves = {name: STATISTICS[statistic_of(name)].shape(shapes, int(rank or 0)) for name in (*wanted, *factors)}
     return leaves | {COUNTER: (*counter[:-1], NUMBERS)}
 
 
 def _factors(shapes: KernelShapes, statistics: Sequence[str]) -> list[str]:
     """The names of a probe's matrices."""
-    wanted, largest = option(statistics, _FACTORS), int(option(statistics, _LARGEST) or 0)
+    wanted, largest = _option(statistics, _FACTORS), int(_option(statistics, _LARGEST) or 0)
     if wanted is None:
         return []
-    rows = option(statistics, _ROWS)
-    moments = Moments(option(statistics, _SHARING) or "expand", None if rows is None else int(rows))
-    found = []
+    moments, found = _moments(statistics), []
     if shapes.is_lookup:
         found.append(DIAGONAL)
     elif shapes.last_output_axis is not None and inputs_of(shapes) <= largest:
@@ -304,7 +312,12 @@ def _factors(shapes: KernelShapes, statistics: Sequence[str]) -> list[str]:
     return found
 
 
-def option(statistics: Sequence[str], prefix: str) -> str | None:
+def _moments(statistics: Sequence[str]) -> Moments:
+    rows = _option(statistics, _ROWS)
+    return Moments(_option(statistics, _SHARING) or "expand", None if rows is None else int(rows))
+
+
+def _option(statistics: Sequence[str], prefix: str) -> str | None:
     """What stands behind `prefix` among what is to be collected."""
     return next((name.removeprefix(prefix) for name in statistics if name.startswith(prefix)), None)
 

@@ -1,4 +1,4 @@
-"""Whether taps form their matrices: a flag that `tapping(factors=flag)` sets for what is traced inside."""
+"""Whether taps form second moments: a flag that `tapping(factors=flag)` sets for what is traced inside."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

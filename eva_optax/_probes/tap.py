@@ -10,8 +10,8 @@ Two primitives make it, so that it is right under every derivative:
 Statistics are taken of the values, as if they were constants: derivatives of a higher order do not see them, because
 the derivative of `collect` leaves out that of its statistics.
 
-Matrices are formed where the flag of `switch` says so. A flag that is traced goes with the primitives as an operand of
-its own, and the products stand in a `lax.cond`; the counters outside of it count each call.
+Second moments are formed where the flag of `switch` says so. A flag that is traced goes with the primitives as an
+operand of its own, and the products stand in a `lax.cond`; the counters outside of it count each call.
 """
 
 import math
@@ -33,6 +33,7 @@ from eva_optax._probes.probe import (
     COUNTER,
     FACTORS,
     NUMBERS,
+    SKETCH,
     STATISTICS,
     LinearMap,
     Moments,
@@ -61,9 +62,9 @@ def tap(linear_map: LinearMap, has_bias: bool, probe: Probe, x: Array, y: Array)
       ValueError: when differentiated, if the batch is empty.
     """
     ordered = sorted((name for name in probe if name != COUNTER), key=_place)
-    flag = forms_factors() if any(map(_is_factor, ordered)) else True
+    flag = forms_factors() if any(map(_is_moment, ordered)) else True
     if flag is False:
-        ordered = [name for name in ordered if not _is_factor(name)]
+        ordered = [name for name in ordered if not _is_moment(name)]
     names = (*ordered, COUNTER)
     # Inside `shard_map` a cotangent must vary over the same mesh axes as its primal. Casting the probe also makes
     # JAX sum its cotangent over those axes, as it does for the kernel.
@@ -79,17 +80,17 @@ def _place(name: str) -> int:
     return list(STATISTICS).index(statistic_of(name))
 
 
-def _is_factor(name: str) -> bool:
-    return statistic_of(name) in FACTORS
+def _is_moment(name: str) -> bool:
+    return statistic_of(name) in (*FACTORS, *SKETCH)
 
 
 def _statistic(linear_map: LinearMap, name: str, array: Array, shape: tuple[int, ...], flag: Any = None) -> Array:
-    """One statistic of an array; zeros for a matrix that the flag does not want."""
+    """One statistic of an array; zeros for a second moment that the flag does not want."""
 
     def compute(array: Array) -> Array:
         return STATISTICS[statistic_of(name)].compute(linear_map, array, shape, Moments.of(name))
 
-    if flag is None or not _is_factor(name):
+    if flag is None or not _is_moment(name):
         return compute(array)
     wanted, varying = jax.eval_shape(compute, array), _varying_axes(jax.typeof(array))
     return jax.lax.cond(flag, compute, lambda array: _vary(jnp.zeros(wanted.shape, wanted.dtype), varying), array)

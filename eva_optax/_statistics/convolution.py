@@ -71,8 +71,8 @@ class Convolution:
 
     last_output_axis = -1
 
-    def sketch(self, x: Array, rank: int) -> Array:
-        x = self._images(x)
+    def sketch(self, x: Array, rank: int, rows: int) -> Array:
+        x = some_images(x, len(self.strides), rows)
         omega = directions(self.kernel_shape[:-1], rank, x.dtype)
         padded, padding = pad(x, self.padding, self.kernel_shape[:-2], self.kernel_dilation)
         convolve = partial(
@@ -90,8 +90,8 @@ class Convolution:
         (moment,) = transposed(z)
         return moment / math.prod(z.shape[:-1])
 
-    def mean_square(self, x: Array) -> Array:
-        x = self._images(x)
+    def mean_square(self, x: Array, rows: int) -> Array:
+        x = some_images(x, len(self.strides), rows)
         squares = self.mean_input(x * x)
         return jnp.sum(squares, tuple(range(squares.ndim - 1)), keepdims=True)
 
@@ -110,9 +110,6 @@ class Convolution:
     def output_moment(self, dy: Array, moments: Moments) -> Array:
         dy = images(dy, len(self.strides), None)
         return output_moment(dy.reshape(len(dy), -1, *self.probe_shapes[1]), self.probe_shapes, -2, moments)
-
-    def _images(self, x: Array) -> Array:
-        return some_images(x, len(self.strides))
 
 
 @dataclass(frozen=True)
@@ -142,14 +139,14 @@ class PermutedConvolution:
     def last_output_axis(self) -> int:
         return self.dimension_numbers.rhs_spec[0] - len(self.kernel_shape)
 
-    def sketch(self, x: Array, rank: int) -> Array:
+    def sketch(self, x: Array, rank: int, rows: int) -> Array:
         batch, channels, *spatial = self.dimension_numbers.lhs_spec
-        moment = self.channels_last.sketch(jnp.transpose(x, (batch, *spatial, channels)), rank)
+        moment = self.channels_last.sketch(jnp.transpose(x, (batch, *spatial, channels)), rank, rows)
         return self._as_kernel(moment)
 
-    def mean_square(self, x: Array) -> Array:
+    def mean_square(self, x: Array, rows: int) -> Array:
         batch, channels, *spatial = self.dimension_numbers.lhs_spec
-        return self._as_kernel(self.channels_last.mean_square(jnp.transpose(x, (batch, *spatial, channels))))
+        return self._as_kernel(self.channels_last.mean_square(jnp.transpose(x, (batch, *spatial, channels)), rows))
 
     @property
     def last_input_axis(self) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from eva_optax._probes.directions import directions
 from eva_optax._probes.probe import Moments, accumulator
 from eva_optax._statistics.moments import input_moment, output_moment, some_positions
-from eva_optax._statistics.sketches import ROWS, thin
+from eva_optax._statistics.sketches import thin
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Contraction:
         sizes = (size if letter in self.kernel else 1 for letter, size in zip(self.y, y.shape, strict=True))
         return y if bias is None else y + bias.reshape(tuple(sizes))
 
-    def sketch(self, x: Array, rank: int) -> Array:
-        x, letters, count = self._rows(x)
+    def sketch(self, x: Array, rank: int, rows: int) -> Array:
+        x, letters, count = self._rows(x, rows)
         inputs = [axis for axis, c in enumerate(self.kernel) if c not in self.y]
         omega = directions([self.kernel_shape[axis] for axis in inputs], rank, x.dtype)
         # The layer itself with as many outputs, and the gradient of its kernel at the cotangent z.
@@ -98,8 +98,8 @@ class Contraction:
         moment = jnp.broadcast_to(moment.reshape(*shape, rank), (*full, rank))
         return jnp.moveaxis(jnp.squeeze(moment, len(full) + axis), -1, axis) / count
 
-    def mean_square(self, x: Array) -> Array:
-        x, letters, count = self._rows(x)
+    def mean_square(self, x: Array, rows: int) -> Array:
+        x, letters, count = self._rows(x, rows)
         axes = [axis for axis, c in enumerate(letters) if c not in self.kernel or c not in self.y]
         squares = jnp.sum(x * x, axes)
         kept = [c for i, c in enumerate(letters) if i not in axes]
@@ -134,13 +134,13 @@ class Contraction:
         array = jnp.transpose(array, [kept.index(c) for c in ordered])
         return array.reshape(samples, math.prod(positions), *(sizes.get(c, 1) for c in self.kernel))
 
-    def _rows(self, x: Array) -> tuple[Array, str, Any]:
+    def _rows(self, x: Array, rows: int) -> tuple[Array, str, Any]:
         """The input at some positions, summed over what the layer sums, with its letters and their number."""
         sizes = dict(zip(self.x, x.shape, strict=True))
         count = math.prod(sizes[c] for c in self.positions)
         if isinstance(count, int) and self.positions:
             axis = self.x.index(self.positions[-1])  # positions come before it, and a batch of them may be sharded
-            x = thin(x, axis, min(count // ROWS, x.shape[axis]))
+            x = thin(x, axis, min(count // rows, x.shape[axis]))
         letters = "".join(c for c in self.x if c in self.positions or c in self.kernel)
         summed = tuple(axis for axis, c in enumerate(self.x) if c not in letters)
         x = jnp.sum(x, summed, dtype=accumulator(x.dtype)) if summed else x.astype(accumulator(x.dtype))
@@ -185,11 +185,11 @@ class Lookup:
         samples = dy.shape[0] if dy.ndim > 1 else 1
         return output_moment(dy.reshape(samples, -1, 1, dy.shape[-1]), self.probe_shapes, -2, moments)
 
-    def sketch(self, x: Array, rank: int) -> Array:
+    def sketch(self, x: Array, rank: int, rows: int) -> Array:
         """The second moment of one-hot rows is diagonal, and has their mean on it."""
         return self.mean_input(x) * directions(self.kernel_shape[:1], rank, jnp.float32)
 
-    def mean_square(self, x: Array) -> Array:
+    def mean_square(self, x: Array, rows: int) -> Array:
         return jnp.sum(self.mean_input(x), keepdims=True)
 
     def sum_cotangent(self, dy: Array) -> Array:

@@ -63,12 +63,12 @@ class GroupedContraction:
         ends = list(itertools.accumulate(len(parts or (1,)) for parts in self.kernel_axes))
         return next(place for place, end in enumerate(ends) if axis + ends[-1] < end) - len(ends)
 
-    def sketch(self, x: Array, rank: int) -> Array:
-        moment = self.split.sketch(_split(x, self.x_axes), rank)
+    def sketch(self, x: Array, rank: int, rows: int) -> Array:
+        moment = self.split.sketch(_split(x, self.x_axes), rank, rows)
         return moment.reshape(self._merged(moment.shape))
 
-    def mean_square(self, x: Array) -> Array:
-        square = self.split.mean_square(_split(x, self.x_axes))
+    def mean_square(self, x: Array, rows: int) -> Array:
+        square = self.split.mean_square(_split(x, self.x_axes), rows)
         return square.reshape(self._merged(square.shape))
 
     def input_moment(self, x: Array, moments: Moments) -> Array:

@@ -10,18 +10,18 @@ import numpy as np
 from jax import Array
 
 from eva_optax._probes.probe import accumulator
-from eva_optax._statistics.sketches import IMAGES, ROWS, thin
+from eva_optax._statistics.sketches import IMAGES, thin
 
 Padding = str | tuple[tuple[int, int], ...]
 
 PAD_MODES: dict[str, Literal["wrap", "reflect"]] = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
-def some_images(x: Array, rank: int) -> Array:
-    """The input of some examples, with one batch axis before `rank` spatial ones, at least float32."""
+def some_images(x: Array, rank: int, rows: int) -> Array:
+    """The input of examples with about so many rows, one batch axis before `rank` spatial ones, at least float32."""
     x = x.reshape(-1, *x.shape[-rank - 1 :]).astype(accumulator(x.dtype))
     positions = math.prod(x.shape[1:-1])
-    return thin(x, 0, min(len(x) * positions // ROWS, len(x) // IMAGES) if isinstance(x.shape[0], int) else 1)
+    return thin(x, 0, min(len(x) * positions // rows, len(x) // IMAGES) if isinstance(x.shape[0], int) else 1)
 
 
 def images(x: Array, rank: int, rows: int | None) -> Array:

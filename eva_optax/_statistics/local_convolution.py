@@ -43,14 +43,14 @@ class LocalConvolution:
         b = jnp.sum(dy.reshape(-1, *dy.shape[-len(self.strides) - 1 :]), 0, dtype=accumulator(dy.dtype))
         return b.reshape(self.probe_shapes[1])
 
-    def sketch(self, x: Array, rank: int) -> Array:
-        patches = self._patches(some_images(x, len(self.strides)))
+    def sketch(self, x: Array, rank: int, rows: int) -> Array:
+        patches = self._patches(some_images(x, len(self.strides), rows))
         exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         z = exact("n...i,ir->n...r", patches, directions(patches.shape[-1:], rank, patches.dtype))
         return exact("n...i,n...r->...ir", patches, z) / len(patches)
 
-    def mean_square(self, x: Array) -> Array:
-        patches = self._patches(some_images(x, len(self.strides)))
+    def mean_square(self, x: Array, rows: int) -> Array:
+        patches = self._patches(some_images(x, len(self.strides), rows))
         return (jnp.sum(patches * patches, (0, -1)) / len(patches))[..., None, None]
 
     last_input_axis = -2

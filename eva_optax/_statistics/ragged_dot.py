@@ -52,10 +52,10 @@ class _Expert(Contraction):
     def mean_input(self, x: Array) -> Array:
         return x[: self.kernel_shape[0], None]
 
-    def mean_square(self, x: Array) -> Array:
+    def mean_square(self, x: Array, rows: int) -> Array:
         return x[self.kernel_shape[0]].reshape(1, 1)
 
-    def sketch(self, x: Array, rank: int) -> Array:
+    def sketch(self, x: Array, rank: int, rows: int) -> Array:
         return x[self.kernel_shape[0] + 1 :].reshape(self.kernel_shape[0], rank)
 
     def input_moment(self, x: Array, moments: Moments) -> Array:

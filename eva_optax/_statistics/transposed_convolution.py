@@ -68,16 +68,16 @@ class TransposedConvolution:
         b = jnp.sum(dy, tuple(range(dy.ndim - 1)), dtype=accumulator(dy.dtype))
         return b.reshape(self.probe_shapes[1])
 
-    def sketch(self, x: Array, rank: int) -> Array:
+    def sketch(self, x: Array, rank: int, rows: int) -> Array:
         """Of the patches at output positions, zero where they meet no input, and counted by input positions, as a."""
-        x = some_images(x, len(self.strides))
+        x = some_images(x, len(self.strides), rows)
         z, transposed = jax.vjp(partial(self._convolve, x), directions(self._inputs, rank, x.dtype))
         (moment,) = transposed(z)
         moment = jnp.swapaxes(moment, -1, -2) if self.transposed else moment
         return moment / math.prod(x.shape[:-1])
 
-    def mean_square(self, x: Array) -> Array:
-        x = some_images(x, len(self.strides))
+    def mean_square(self, x: Array, rows: int) -> Array:
+        x = some_images(x, len(self.strides), rows)
         axes = self.reads(x.shape[1:-1])
         total = jnp.sum(window_sums(x * x, axes, (1,) * len(axes))) / math.prod(x.shape[:-1])
         return total.reshape((1,) * len(self.kernel_shape))

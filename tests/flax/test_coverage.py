@@ -147,3 +147,17 @@ def test_models_without_anything_to_tap_have_a_report_too() -> None:
 def test_only_a_module_has_a_report() -> None:
     with pytest.raises(TypeError, match=r"flax\.linen\.Module"):
         eva_optax.coverage(jnp.tanh, X)
+
+
+def test_the_report_says_which_second_moments_are_collected() -> None:
+    layer = nn.Conv(6, (3, 2), feature_group_count=2)
+    image = jnp.ones((2, 5, 5, 4))
+    wanted = {"rank": "rank 4 of 12", "input": "A 12×12", "both": "A 12×12, B 3×3"}
+    for options, said in (({"rank": 4}, "rank"), ({"factors": "input"}, "input"), ({"factors": "both"}, "both")):
+        report = eva_optax.coverage(eva_optax.tap(layer, **options), image)
+        assert {row.path: row.moments for row in report.rows} == {"kernel": wanted[said], "bias": ""}
+        assert f"yes; {wanted[said]}" in str(report)
+    whole = eva_optax.coverage(eva_optax.tap(nn.Dense(2), rank=16), jnp.ones((2, 3)))
+    assert whole.rows[1].moments == "rank 3 of 3"
+    words = eva_optax.coverage(eva_optax.tap(nn.Embed(7, 3), embeddings=True, factors="both"), IDS)
+    assert words.rows[0].moments == "diagonal of A, B 3×3"

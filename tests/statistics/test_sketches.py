@@ -117,9 +117,9 @@ def test_a_convolution_with_other_axes_collects_the_sketch_of_the_same_patches()
     assert_close(found["first"].trace, found["last"].trace, 1e-6)
 
 
-def found_in(module: nn.Module, *inputs: np.ndarray, rank: int) -> eva_optax.Sketch:
+def found_in(module: nn.Module, *inputs: np.ndarray, **options: int) -> eva_optax.Sketch:
     """The sketch in the gradient of a module with one tapped kernel."""
-    model = eva_optax.tap(module, rank=rank)
+    model = eva_optax.tap(module, **options)
     params = model.init(jax.random.key(0), *inputs)["params"]
     grads = jax.jit(jax.grad(lambda params: jnp.sin(model.apply({"params": params}, *inputs)).sum()))(params)
     (found,) = eva_optax.sketches(grads).values()
@@ -173,3 +173,19 @@ def test_of_large_batches_some_rows_are_looked_at():
     assert_close(
         found_in(nn.Conv(4, (1, 1)), images, rank=3).trace.ravel(), np.mean(np.sum(images[::8] ** 2, -1))[None], 1e-5
     )
+    fewer = found_in(nn.Dense(4), x, rank=3, factor_rows=64)
+    assert_close(fewer.trace.ravel(), np.mean(np.sum(x[:, ::64] ** 2, -1))[None], 1e-5)
+    assert_close(fewer.moment, np.einsum("nti,ntj->ij", x[:, ::64], x[:, ::64]) / 64 @ fewer.directions, 1e-5)
+
+
+def test_a_step_may_go_without_a_sketch():
+    model, x = eva_optax.tap(nn.Dense(4), rank=2), np.ones((3, 5), np.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+
+    @jax.jit
+    def gradient(params, flag):
+        with eva_optax.tapping(factors=flag):
+            return jax.grad(lambda params: model.apply({"params": params}, x).sum())(params)
+
+    traces = [float(eva_optax.sketches(gradient(params, flag))[""].trace) for flag in (True, False)]
+    assert traces == [5, 0]
