@@ -18,7 +18,8 @@ from eva_optax._transforms.eva import scale_by_eva
 from eva_optax._transforms.eva_f import scale_by_eva_f
 from eva_optax._transforms.eva_s import scale_by_eva_s
 from eva_optax._transforms.published import eva, eva_f, eva_s
-from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, SketchState
+from eva_optax._transforms.shampoo import scale_by_shampoo, shampoo
+from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, ShampooState, SketchState
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "KroneckerVectors",
     "Registration",
     "ScaleByEvaState",
+    "ShampooState",
     "Sketch",
     "SketchState",
     "attach",
@@ -46,6 +48,8 @@ __all__ = [
     "scale_by_eva",
     "scale_by_eva_f",
     "scale_by_eva_s",
+    "scale_by_shampoo",
+    "shampoo",
     "sketches",
     "strip",
     "tap",
