@@ -133,12 +133,11 @@ def precondition_axes(caller: str, options: Options) -> optax.GradientTransforma
         parameters = _find_parameters(tree, options)
         _check_fit(caller, parameters, state)
         step = jnp.asarray(optax.safe_increment(state.count))
-        gradients = [jnp.asarray(tree.leaves[each.place]).astype(each.dtype) for each in parameters]
-        taken = _Taken.of(gradients, state.observed)
+        taken = _Taken.of([tree.leaves[each.place] for each in parameters], state.observed)
+        gradients = taken.gradients
 
-        new = [
-            tuple(map(moments, each.blocks.cut(replicate(g)))) for each, g in zip(parameters, gradients, strict=True)
-        ]
+        cut = [each.blocks.cut(replicate(g)) for each, g in zip(parameters, gradients, strict=True)]
+        new = [tuple(map(moments, parts)) for parts in cut]
         statistics = taken.average([state.statistics[each.name] for each in parameters], new, options.decay)
         old = [state.roots[each.name] for each in parameters]
         roots, failed = _renew(lambda: taken.correct(statistics, options.decay), statistics, old, step, options)
@@ -155,20 +154,19 @@ def precondition_axes(caller: str, options: Options) -> optax.GradientTransforma
 
         leaves = [jnp.zeros_like(leaf) for leaf in tree.leaves]
         started = step >= jnp.asarray(options.start, step.dtype)
-        for each, direction, length, kept, good in zip(
-            parameters, directions, lengths, roots, taken.valid, strict=True
-        ):
+        for index, each in enumerate(parameters):
             leaf = tree.leaves[each.place]
-            made = _precondition(each.blocks, direction, length, kept, started).astype(leaf.dtype)
-            leaves[each.place] = jnp.where(good, shard_like(made, leaf), leaf)
+            made = _precondition(each.blocks, directions[index], lengths[index], roots[index], started)
+            leaves[each.place] = jnp.where(taken.valid[index], shard_like(made.astype(leaf.dtype), leaf), leaf)
+        names = [each.name for each in parameters]
         return tree.rebuild(leaves), ShampooState(
             count=step,
-            observed=jnp.array(taken.observed, jnp.int32),
-            statistics={each.name: kept for each, kept in zip(parameters, statistics, strict=True)} or state.statistics,
-            roots={each.name: kept for each, kept in zip(parameters, roots, strict=True)} or state.roots,
+            observed=taken.observed,
+            statistics=dict(zip(names, statistics, strict=True)) or state.statistics,
+            roots=dict(zip(names, roots, strict=True)) or state.roots,
             second_moments=jax.tree.unflatten(jax.tree.structure(state.second_moments), second_moments),
             means=jax.tree.unflatten(jax.tree.structure(state.means), means),
-            skipped=state.skipped + taken.refused + failed,
+            skipped=state.skipped + jnp.sum(~taken.valid, dtype=jnp.int32) + failed,
         )
 
     return optax.GradientTransformation(init, update)
@@ -200,46 +198,53 @@ def _check_fit(caller: str, parameters: Sequence[_Parameter], state: ShampooStat
 
 
 class _Taken(NamedTuple):
-    """Which gradients of a step are taken into averages.
+    """The gradients of a step, as they are taken into averages.
 
     Attributes:
-      valid: whether that of each parameter is.
-      observed: how many of each parameter were so far.
+      gradients: at least float32; zeros in the place of one that is not finite, or whose squares are not.
+      valid: which parameters have another.
+      observed: how many each had until now.
     """
 
-    valid: list[Array]
-    observed: list[Array]
+    gradients: list[Array]
+    valid: Array
+    observed: Array
 
     @classmethod
-    def of(cls, gradients: Sequence[Array], observed: Array) -> Self:
-        """Those whose sum of squares, the trace of every statistic, is finite."""
+    def of(cls, leaves: Sequence[ArrayLike], observed: Array) -> Self:
+        """Of the gradients of all parameters."""
+        arrays = [jnp.asarray(leaf) for leaf in leaves]
+        gradients = [array.astype(accumulator(array.dtype)) for array in arrays]
+        # The sum of squares is the trace of every statistic, whose entries are not larger.
         valid = [jnp.isfinite(jnp.sum(jnp.square(gradient))) for gradient in gradients]
-        return cls(valid, [observed[index] + good for index, good in enumerate(valid)])
+        usable = [jnp.where(good, gradient, 0) for good, gradient in zip(valid, gradients, strict=True)]
+        return cls(usable, jnp.array(valid, bool), observed + jnp.array(valid, jnp.int32))
 
-    @property
-    def refused(self) -> Array:
-        """How many are not."""
-        return sum((~good for good in self.valid), jnp.zeros((), jnp.int32))
+    def _weight(self, decay: ArrayLike) -> Array:
+        return jnp.asarray(decay, jnp.result_type(jnp.float32, *self.gradients))
 
     def average(self, old: Sequence[Any], new: Sequence[Any], decay: ArrayLike) -> list[Any]:
         """decay·old + (1 − decay)·new for a tree of each parameter; the sum for a decay of 1."""
-
-        def mixed(old: Array, new: Array, good: Array) -> Array:
-            weight = jnp.asarray(decay, old.dtype)
-            return jnp.where(good, weight * old + jnp.where(weight < 1, 1 - weight, 1) * new, old)
-
-        trees = zip(old, new, self.valid, strict=True)
-        return [jax.tree.map(lambda o, n, good=good: mixed(o, n, good), *pair) for *pair, good in trees]
+        weight = self._weight(decay)
+        share = jnp.where(weight < 1, 1 - weight, 1)
+        weights = jnp.where(self.valid, weight, 1)  # the new is zero where it is not valid
+        return [
+            jax.tree.map(_mix(weights[index], share), *trees) for index, trees in enumerate(zip(old, new, strict=True))
+        ]
 
     def correct(self, averages: Sequence[Any], decay: ArrayLike) -> list[Any]:
         """Averages divided by the weight of all that they have taken in, which started at zero."""
+        weight = self._weight(decay)
+        totals = jnp.where((weight < 1) & (self.observed > 0), 1 - weight**self.observed, 1)
+        return [jax.tree.map(_divide(totals[index]), tree) for index, tree in enumerate(averages)]
 
-        def corrected(average: Array, count: Array) -> Array:
-            weight = jnp.asarray(decay, average.dtype)
-            return average / jnp.where((weight < 1) & (count > 0), 1 - weight**count, 1)
 
-        trees = zip(averages, self.observed, strict=True)
-        return [jax.tree.map(lambda average, count=count: corrected(average, count), tree) for tree, count in trees]
+def _mix(weight: Array, share: Array) -> Callable[[Array, Array], Array]:
+    return lambda old, new: weight.astype(old.dtype) * old + share.astype(old.dtype) * new
+
+
+def _divide(total: Array) -> Callable[[Array], Array]:
+    return lambda average: average / total.astype(average.dtype)
 
 
 def _renew(
@@ -269,7 +274,7 @@ def _renew(
     failed = jnp.zeros((), jnp.int32)
     for axes, made in zip((axes for regions in statistics for axes in regions), new, strict=True):
         # Zeros are no failure: there was no gradient yet.
-        failed += jnp.sum(due & ~made & (jnp.trace(axes[0], axis1=1, axis2=2) > 0), dtype=jnp.int32)
+        failed += jnp.sum(due & ~made & (jnp.trace(axes[0], axis1=1, axis2=2) != 0), dtype=jnp.int32)
     remaining = iter(chosen)
     return [tuple(next(remaining) for _ in regions) for regions in old], failed
 

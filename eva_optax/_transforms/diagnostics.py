@@ -1,7 +1,7 @@
 """What an optimizer's state says about training: a flat dict to log, and a plot of it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ from eva_optax._probes.layers import layer_names, take_apart
 from eva_optax._probes.layout import find_stacked
 from eva_optax._probes.probe import COUNTER, MOMENT, TRACE, Path, is_probe
 from eva_optax._transforms.kept import Scalars
-from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, SketchState
+from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, ShampooState, SketchState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+State = ScaleByEvaState | ConjugateState | SketchState | ShampooState
 
 _TITLES = {
     "nu": "step-size factor ν",
@@ -28,6 +30,8 @@ _TITLES = {
     "norm_b": "norm of the summed cotangent ‖b‖",
     "norm": "norm of the means ‖V‖",
     "trace": "mean square of the inputs",
+    "condition": "condition number of the second moments, damped",
+    "age": "age of the roots, in steps",
 }
 
 
@@ -46,14 +50,16 @@ def diagnostics(state: Any) -> dict[str, Array]:
     "<kernel>/norm"      ‖V‖ (`scale_by_eva_s`)
     "<layer>/trace"      the mean square of the layer's inputs, where the model is tapped with a rank
     "<layer>/explained"  the share of it that lies in the directions of the sketch (`conjugate`)
+    "<name>/condition"   the largest condition number that a parameter's roots were made of (`scale_by_shampoo`)
+    "<name>/age"         for how many steps its oldest roots are kept
     ===================  ===============================================================================================
 
     Cosines come from sums that the update takes anyway, norms from the averages in the state. A scanned layer has one
     entry for each of its layers, "<layer>[2]/cosine"; groups of a convolution are averaged.
 
     Args:
-      state: an optimizer's state with a `ScaleByEvaState`, `ConjugateState` or `SketchState` anywhere in it, or an
-        `nnx.Optimizer`. Where there are several, the keys begin with "0/", "1/", in their order.
+      state: an optimizer's state with a state of this library anywhere in it, or an `nnx.Optimizer`. Where there are
+        several, the keys begin with "0/", "1/", in their order.
 
     Returns:
       Scalars by name. Works under `jit` too; `jax.device_get` makes numbers of them.
@@ -130,7 +136,7 @@ def plot_diagnostics(history: Sequence[Mapping[str, ArrayLike]], steps: Sequence
     return figure
 
 
-def find_states(caller: str, tree: Any) -> list[ScaleByEvaState | ConjugateState | SketchState]:
+def find_states(caller: str, tree: Any) -> list[State]:
     """The states of this library in `tree`, also inside one another, in their order.
 
     Raises:
@@ -138,17 +144,18 @@ def find_states(caller: str, tree: Any) -> list[ScaleByEvaState | ConjugateState
     """
     found = list(_find(tree))
     if not found:
+        *names, last = (kind.__name__ for kind in get_args(State))
         raise ValueError(
-            f"eva_optax.{caller}: there is no ScaleByEvaState, ConjugateState or SketchState in the state of type "
+            f"eva_optax.{caller}: there is no {', '.join(names)} or {last} in the state of type "
             f"{type(tree).__name__}. Give it the state of an optimizer that has a transformation of eva_optax in it."
         )
     return found
 
 
-def _find(tree: Any) -> Iterator[ScaleByEvaState | ConjugateState | SketchState]:
+def _find(tree: Any) -> Iterator[State]:
 
     def ours(node: Any) -> bool:
-        return isinstance(node, ScaleByEvaState | ConjugateState | SketchState)
+        return isinstance(node, State)
 
     for node in jax.tree.leaves(tree, is_leaf=ours):
         if ours(node):
@@ -159,8 +166,8 @@ def _find(tree: Any) -> Iterator[ScaleByEvaState | ConjugateState | SketchState]
 
 def _unboxed(state: Any) -> Any:
     """A state whose single arrays are without the boxes that an optimizer of NNX puts around them."""
-    single = {name for name in state._fields if name not in ("vectors", "inner", "bases")}
-    return state._replace(**{name: jax.tree.leaves(getattr(state, name))[0] for name in single})
+    trees = ("vectors", "inner", "bases", "statistics", "roots", "second_moments", "means")
+    return state._replace(**{n: jax.tree.leaves(getattr(state, n))[0] for n in state._fields if n not in trees})
 
 
 def averages_by_layer(state: Any) -> tuple[dict[Path, dict[str, Array]], dict[Path, str]]:
@@ -172,7 +179,10 @@ def averages_by_layer(state: Any) -> tuple[dict[Path, dict[str, Array]], dict[Pa
     return layers, layer_names(path for path in layers if is_probe(path))
 
 
-def _report(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[tuple[str, Array]]:
+def _report(state: State) -> Iterator[tuple[str, Array]]:
+    if isinstance(state, ShampooState):
+        yield from _report_roots(state)
+        return
     if isinstance(state, ScaleByEvaState):
         yield "nu", state.nu
     yield "skipped", state.skipped
@@ -207,3 +217,15 @@ def _report(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[t
             if not isinstance(state, CenterState):
                 share = "explained" if TRACE in averages else "cosine"
                 yield f"{key}/{share}".removeprefix("/"), cosine[index]
+
+
+def _report_roots(state: ShampooState) -> Iterator[tuple[str, Array]]:
+    yield "skipped", state.skipped
+    for name, regions in state.roots.items():
+        if regions:
+            conditions, steps = (
+                jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves([getattr(root, field) for root in regions])])
+                for field in ("condition", "step")
+            )
+            yield f"{name}/condition", jnp.max(conditions)
+            yield f"{name}/age", state.count - jnp.min(steps)

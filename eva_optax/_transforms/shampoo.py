@@ -104,7 +104,7 @@ def shampoo(
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
 ) -> optax.GradientTransformation:
-    r"""Distributed Shampoo as published, in the place of Adam: absolute ε, averaged gradients, the length of Adam's step.
+    r"""Distributed Shampoo as published, in the place of Adam: averaged gradients, absolute ε, Adam's lengths.
 
     .. math::
       d_t = P_t + \lambda w_t, \quad m_t = \mu m_{t-1} + d_t, \quad w_{t+1} = w_t - \eta_t m_t
