@@ -77,8 +77,8 @@ def _total(counter: Any) -> int:
 def _skipped_message(state: State, skipped: int) -> str:
     if isinstance(state, ShampooState):
         return (
-            f"eva_optax.check: {skipped} times a gradient or the roots of a block were not finite. Look for gradients that "
-            "are NaN, or whose squares overflow; if all of them are finite, raise epsilon."
+            f"eva_optax.check: {skipped} times a gradient or the roots of a block were not finite. Look for gradients "
+            "that are NaN, or whose squares overflow; if all of them are finite, raise epsilon."
         )
     names = list(_never_averaged(state))
     shown = ", ".join(map(repr, names[:_MOST_NAMES])) + (", …" if len(names) > _MOST_NAMES else "")

@@ -79,11 +79,18 @@ def blocks_of(file: dict[str, np.ndarray], name: str, options: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_statistics_roots_and_updates_are_those_of_the_public_code(name, x64):
+def test_numbers_are_those_of_the_public_code(name, x64):
+    """Of two files the steps of the alias, with weight decay and momentum of both kinds."""
     with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as opened:
         file = dict(opened)
-    options = options_of(file)
-    made, states = replay(file, eva_optax.scale_by_shampoo(**options))
+    options, wanted = options_of(file), "pre"
+    tx: Any = eva_optax.scale_by_shampoo(**options)
+    if name in ("shampoo_full", "shampoo_merge_sgdgraft"):
+        options |= {"momentum": float(file["momentum"]), "nesterov": bool(file["nesterov"])}
+        tx = eva_optax.shampoo(float(file["lr"]), **options, weight_decay=float(file["weight_decay"]))
+        wanted = "delta"
+    made, states = replay(file, tx)
+    states = states if wanted == "pre" else states[0]
     close = partial(assert_close, tolerance=1e-10, floor=0.0)
     # Eigenvalues of exactly ε are known to float64's resolution of the largest one, relative to ε.
     close_roots = partial(assert_close, tolerance=1e-9 if options["epsilon"] < 1e-4 else 1e-10, floor=0.0)
@@ -93,33 +100,22 @@ def test_statistics_roots_and_updates_are_those_of_the_public_code(name, x64):
             for axis, statistic in enumerate(states.statistics[parameter][region]):
                 close(statistic[:, index], file[f"{key}.stat{axis}"])
                 close_roots(roots.matrices[axis][:, index], file[f"{key}.root{axis}"])
-            close(cut(made[parameter]), file[f"{key}.pre"])
+            close(cut(made[parameter]), file[f"{key}.{wanted}"])
             if options["graft"] == "adam":
                 close(cut(states.second_moments[parameter]), file[f"{key}.graft_v"])
             if options["b1"] > 0:
                 close(cut(states.means[parameter]), file[f"{key}.exp_avg"])
 
 
-@pytest.mark.parametrize("name", ["shampoo_full", "shampoo_merge_sgdgraft"])
-def test_steps_of_the_alias_are_those_of_the_public_code(name, x64):
-    """With weight decay, and momentum of both kinds."""
-    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as opened:
-        file = dict(opened)
-    options = options_of(file)
-    behind = {"momentum": float(file["momentum"]), "nesterov": bool(file["nesterov"])}
-    tx = eva_optax.shampoo(float(file["lr"]), **options, **behind, weight_decay=float(file["weight_decay"]))
-    deltas, _ = replay(file, tx)
-    for parameter in deltas:
-        for key, *_, cut in blocks_of(file, parameter, options):
-            assert_close(cut(deltas[parameter]), file[f"{key}.delta"], 1e-10, floor=0.0)
-
-
 SHAPES = {"matrix": (3, 4), "tensor": (2, 3, 3), "vector": (5,), "scalar": (), "one": (1, 1), "empty": (0, 3)}
 
 
-def gradients(seed: int = 0, steps: int = 3) -> dict[str, np.ndarray]:
+FEW = {"matrix": (3, 4), "scalar": ()}
+
+
+def gradients(shapes: dict[str, Any] = FEW, steps: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=(steps, *shape)).astype(jnp.result_type(float)) for name, shape in SHAPES.items()}
+    return {name: rng.normal(size=(steps, *shape)).astype(jnp.result_type(float)) for name, shape in shapes.items()}
 
 
 def at(tree: Any, step: int) -> Any:
@@ -175,7 +171,7 @@ CASES = {
 def test_updates_equal_dense_products_for_tensors_of_any_rank(case, x64):
     """Blocks of (2, 2, 2) and what is cut off; scalars take the grafted step."""
     options = case | {"graft_decay": 0.7, "graft_epsilon": 1e-2}
-    grads = gradients()
+    grads = gradients(SHAPES)
     made, state = jax.jit(partial(run, eva_optax.scale_by_shampoo(**options, every=1, start=1, block=2, merge=False)))(
         grads
     )
@@ -193,14 +189,14 @@ def test_updates_equal_dense_products_for_tensors_of_any_rank(case, x64):
 
 
 def test_one_gradient_becomes_its_orthogonal_factor_at_any_scale():
-    """G = U S Vᵀ becomes U Vᵀ, also blocks of it, from 1e-15 to 1e15."""
+    """G = U S Vᵀ becomes U Vᵀ, also blocks of it, from 1e-15 to 1e12."""
     rng = np.random.default_rng(0)
     gradient = np.linalg.qr(rng.normal(size=(8, 8)))[0] * np.logspace(0, -1, 8) @ rng.normal(size=(8, 6))
     gradient[:4, :4] *= 2.0**-10
     gradient = gradient.astype(np.float32)
     tx = eva_optax.scale_by_shampoo(1e-7, start=1, graft=None, block=4)
     step = jax.jit(lambda grads: tx.update(grads, tx.init(grads))[0])
-    for scale in (1.0, 2.0**-50, 2.0**50):
+    for scale in (1.0, 2.0**-40, 2.0**40):
         made = step({"kernel": jnp.asarray(gradient * scale)})["kernel"]
         for rows, columns in [(0, 0), (0, 4), (4, 0), (4, 4)]:
             block = np.s_[rows : rows + 4, columns : columns + 4]
@@ -309,7 +305,7 @@ def test_start_and_period_of_the_roots_are_those_that_were_asked_for():
     assert eva_optax.diagnostics(state)["matrix/age"] == 2
 
 
-def test_one_program_serves_all_steps_and_every_way_to_call_it():
+def test_one_program_serves_all_steps_and_every_way_to_call_it(x64):
     """A loop, a loop that gives its state away, a scan, and two seeds at once."""
     tx = eva_optax.shampoo(0.1, every=2, b1=0.0)
     grads, update = gradients(steps=4), jax.jit(tx.update, donate_argnums=1)
@@ -327,14 +323,14 @@ def test_one_program_serves_all_steps_and_every_way_to_call_it():
 
         return jax.lax.scan(step, tx.init(params), grads)
 
-    both = jax.tree.map(lambda *leaves: np.stack(leaves), grads, gradients(1, 4))
+    both = jax.tree.map(lambda *leaves: np.stack(leaves), grads, gradients(steps=4, seed=1))
     states, made = jax.jit(jax.vmap(seeds, (0, None)))(both, params)
-    assert_close(at(made, 0), jax.tree.map(lambda *leaves: np.stack(leaves), *taken), 1e-5)
-    assert_close(at(states, 0), state, 1e-5)
+    assert_close(at(made, 0), jax.tree.map(lambda *leaves: np.stack(leaves), *taken), 1e-9)
+    assert_close(at(states, 0), state, 1e-9)
     assert not np.allclose(made["matrix"][0], made["matrix"][1])
 
 
-def test_works_within_the_wrappers_of_optax():
+def test_works_within_the_wrappers_of_optax(x64):
     grads = at(gradients(), 0)
     plain = eva_optax.scale_by_shampoo(start=1)
     wanted, state = jax.jit(lambda grads: plain.update(grads, plain.init(grads)))(grads)
@@ -355,7 +351,7 @@ def test_works_within_the_wrappers_of_optax():
 
     for name, updates in jax.jit(first)(grads).items():
         masked = name in ("masked", "partition")
-        assert_close(updates, {key: wanted[key] if matrices[key] or not masked else grads[key] for key in grads}, 1e-5)
+        assert_close(updates, {key: wanted[key] if matrices[key] or not masked else grads[key] for key in grads}, 1e-9)
     mapped = optax.tree.map_params(plain, lambda leaf, other: 2 * leaf, state, grads)
     assert_identical(mapped.second_moments, jax.tree.map(lambda leaf: 2 * leaf, state.second_moments))
     assert_identical(mapped._replace(second_moments=()), state._replace(second_moments=()))
@@ -365,7 +361,7 @@ def test_works_within_the_wrappers_of_optax():
 
 
 def test_a_state_is_stored_and_restored_bit_for_bit():
-    tx, grads = eva_optax.scale_by_shampoo(start=1, every=2, b1=0.9), gradients()
+    tx, grads = eva_optax.scale_by_shampoo(start=1, b1=0.9), gradients()
     update = jax.jit(tx.update)
     _, state = update(at(grads, 0), tx.init(at(grads, 0)))
     wanted = update(at(grads, 1), state)
@@ -391,7 +387,7 @@ def test_half_precision_has_state_of_single_precision():
 
 def test_probes_get_zeros_and_have_no_statistics():
     grads = two_layers(0)
-    tx = eva_optax.scale_by_shampoo(start=1, b1=0.9)
+    tx = eva_optax.scale_by_shampoo(start=1, graft=None)
     step = jax.jit(lambda grads: tx.update(grads, tx.init(grads)))
     updates, state = step(grads)
     assert_probes_are_zero(updates)
@@ -462,19 +458,16 @@ def test_eight_devices_equal_one_and_each_computes_its_share_of_the_roots(kind, 
     rng = np.random.default_rng(0)
     shapes = {"up": (8, 16), "down": (16, 8), "conv": (3, 8, 8), "bias": (8,)}
     grads = {name: rng.normal(size=shape) for name, shape in shapes.items()}
-    tx = eva_optax.scale_by_shampoo(start=1, every=1, merge=False, b1=0.9)
+    tx = eva_optax.scale_by_shampoo(start=1, merge=False)
 
-    def steps(grads):
-        state = tx.init(grads)
-        for _ in range(2):
-            updates, state = tx.update(grads, state)
-        return updates, state
+    def step(grads):
+        return tx.update(grads, tx.init(grads))
 
-    wanted = jax.jit(steps)(grads)
+    wanted = jax.jit(step)(grads)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"), axis_types=(kind,) * 3)
     with jax.set_mesh(mesh):
         placed = {name: jax.device_put(grads[name], NamedSharding(mesh, spec)) for name, spec in LAYOUTS.items()}
-        compiled = jax.jit(steps).lower(placed).compile()
+        compiled = jax.jit(step).lower(placed).compile()
         updates, state = compiled(placed)
     assert_close((updates, state), wanted, 1e-9)
     for name, spec in LAYOUTS.items():
