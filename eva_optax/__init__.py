@@ -24,7 +24,15 @@ from eva_optax._transforms.hidden_probes import not_probes
 from eva_optax._transforms.kfac import scale_by_kfac
 from eva_optax._transforms.published import eva, eva_f, eva_s
 from eva_optax._transforms.published_factored import foof, kfac
-from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, ScaleByKfacState, SketchState
+from eva_optax._transforms.shampoo import scale_by_shampoo, shampoo
+from eva_optax._transforms.state import (
+    CenterState,
+    ConjugateState,
+    ScaleByEvaState,
+    ScaleByKfacState,
+    ShampooState,
+    SketchState,
+)
 
 __version__ = "0.1.0"
 
@@ -36,6 +44,7 @@ __all__ = [
     "Registration",
     "ScaleByEvaState",
     "ScaleByKfacState",
+    "ShampooState",
     "Sketch",
     "SketchState",
     "attach",
@@ -63,6 +72,8 @@ __all__ = [
     "scale_by_eva_s",
     "scale_by_foof",
     "scale_by_kfac",
+    "scale_by_shampoo",
+    "shampoo",
     "sketches",
     "strip",
     "tap",

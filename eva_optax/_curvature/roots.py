@@ -35,7 +35,8 @@ def power(matrices: Array, exponent: Array, epsilon: ArrayLike, relative: bool) 
     values, vectors = jnp.linalg.eigh(matrices)
     values = jnp.maximum(values, 0)
     largest = values[:, -1:]
-    damped = values + epsilon * (largest if relative else jnp.ones_like(largest))
+    shift = jnp.asarray(epsilon, values.dtype)
+    damped = values + (shift * largest if relative else shift)
     damped = jnp.maximum(damped, jnp.finfo(values.dtype).eps * largest)
     # Half of the power on each side.
     half = vectors * (damped ** (exponent[:, None] / 2))[:, None, :]

@@ -1,7 +1,7 @@
 """What an optimizer's state says about training: a flat dict to log, and a plot of it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,19 @@ from eva_optax._probes.layout import find_stacked
 from eva_optax._probes.probe import COUNTER, FACTORS, MOMENT, TRACE, Path, is_probe, statistic_of
 from eva_optax._transforms.averages import has_weights
 from eva_optax._transforms.kept import Scalars
-from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, ScaleByKfacState, SketchState
+from eva_optax._transforms.state import (
+    CenterState,
+    ConjugateState,
+    ScaleByEvaState,
+    ScaleByKfacState,
+    ShampooState,
+    SketchState,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Found = ScaleByEvaState | ConjugateState | SketchState | ScaleByKfacState
+State = ScaleByEvaState | ConjugateState | SketchState | ScaleByKfacState | ShampooState
 
 _TITLES = {
     "nu": "step-size factor ν",
@@ -31,9 +38,9 @@ _TITLES = {
     "norm_b": "norm of the summed cotangent ‖b‖",
     "norm": "norm of the means ‖V‖",
     "trace": "mean square of the inputs",
-    "condition": "condition number of what the gradient is multiplied by",
+    "condition": "condition number",
     "residual": "residual of the inverse",
-    "age": "steps since the inverse was made",
+    "age": "steps since inverses and roots were made",
 }
 
 
@@ -56,6 +63,8 @@ def diagnostics(state: Any) -> dict[str, Array]:
                          (`scale_by_foof`, `scale_by_kfac`, `conjugate` for second moments); of inverses in the 1-norm
     "<layer>/residual"   its residual then, along one vector: from 0.1 on it is not used, and the old one is kept
     "<layer>/age"        steps since then
+    "<name>/condition"   the largest condition number that a parameter's roots were made of (`scale_by_shampoo`)
+    "<name>/age"         for how many steps its oldest roots are kept
     ===================  ===============================================================================================
 
     Cosines come from sums that the update takes anyway, norms from the averages in the state; with `scale_by_foof` and
@@ -63,8 +72,8 @@ def diagnostics(state: Any) -> dict[str, Array]:
     "<layer>[2]/cosine"; groups of a convolution are averaged. Of condition, residual and age there is one, the largest.
 
     Args:
-      state: an optimizer's state with a `ScaleByEvaState`, `ScaleByKfacState`, `ConjugateState` or `SketchState`
-        anywhere in it, or an `nnx.Optimizer`. Where there are several, the keys begin with "0/", "1/", in their order.
+      state: an optimizer's state with a state of this library anywhere in it, or an `nnx.Optimizer`. Where there are
+        several, the keys begin with "0/", "1/", in their order.
 
     Returns:
       Scalars by name. Works under `jit` too; `jax.device_get` makes numbers of them.
@@ -141,7 +150,7 @@ def plot_diagnostics(history: Sequence[Mapping[str, ArrayLike]], steps: Sequence
     return figure
 
 
-def find_states(caller: str, tree: Any) -> list[Found]:
+def find_states(caller: str, tree: Any) -> list[State]:
     """The states of this library in `tree`, also inside one another, in their order.
 
     Raises:
@@ -149,18 +158,18 @@ def find_states(caller: str, tree: Any) -> list[Found]:
     """
     found = list(_find(tree))
     if not found:
+        *names, last = (kind.__name__ for kind in get_args(State))
         raise ValueError(
-            f"eva_optax.{caller}: there is no ScaleByEvaState, ScaleByKfacState, ConjugateState or SketchState in the "
-            f"state of type {type(tree).__name__}. Give it the state of an optimizer that has a transformation of "
-            "eva_optax in it."
+            f"eva_optax.{caller}: there is no {', '.join(names)} or {last} in the state of type "
+            f"{type(tree).__name__}. Give it the state of an optimizer that has a transformation of eva_optax in it."
         )
     return found
 
 
-def _find(tree: Any) -> Iterator[Found]:
+def _find(tree: Any) -> Iterator[State]:
 
     def ours(node: Any) -> bool:
-        return isinstance(node, Found)
+        return isinstance(node, State)
 
     for node in jax.tree.leaves(tree, is_leaf=ours):
         if ours(node):
@@ -171,8 +180,8 @@ def _find(tree: Any) -> Iterator[Found]:
 
 def _unboxed(state: Any) -> Any:
     """A state whose single arrays are without the boxes that an optimizer of NNX puts around them."""
-    single = {name for name in state._fields if name not in ("vectors", "inner", "bases", "inverses")}
-    return state._replace(**{name: jax.tree.leaves(getattr(state, name))[0] for name in single})
+    trees = ("vectors", "inner", "bases", "inverses", "statistics", "roots", "second_moments", "means")
+    return state._replace(**{n: jax.tree.leaves(getattr(state, n))[0] for n in state._fields if n not in trees})
 
 
 def averages_by_layer(state: Any) -> tuple[dict[Path, dict[str, Array]], dict[Path, str]]:
@@ -184,7 +193,10 @@ def averages_by_layer(state: Any) -> tuple[dict[Path, dict[str, Array]], dict[Pa
     return layers, layer_names(path for path in layers if is_probe(path))
 
 
-def _report(state: Found) -> Iterator[tuple[str, Array]]:
+def _report(state: State) -> Iterator[tuple[str, Array]]:
+    if isinstance(state, ShampooState):
+        yield from _report_roots(state)
+        return
     if isinstance(state, ScaleByEvaState | ScaleByKfacState):
         yield "nu", state.nu
     yield "skipped", state.skipped
@@ -223,3 +235,15 @@ def _report(state: Found) -> Iterator[tuple[str, Array]]:
     for name, inverse in held.items():
         for figure in ("condition", "residual", "age"):
             yield f"{name}/{figure}".removeprefix("/"), jnp.max(jax.tree.leaves(getattr(inverse, figure))[0])
+
+
+def _report_roots(state: ShampooState) -> Iterator[tuple[str, Array]]:
+    yield "skipped", state.skipped
+    for name, regions in state.roots.items():
+        if regions:
+            conditions, steps = (
+                jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves([getattr(root, field) for root in regions])])
+                for field in ("condition", "step")
+            )
+            yield f"{name}/condition", jnp.max(conditions)
+            yield f"{name}/age", state.count - jnp.min(steps)
