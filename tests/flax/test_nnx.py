@@ -413,6 +413,15 @@ def test_tapping_a_bridge_with_parameters_says_what_to_do():
         eva_optax.tap(model)
 
 
+def test_a_tapped_layer_is_shown_under_its_own_name_and_its_stripped_copy_as_if_never_tapped():
+    shown = repr(nnx.Linear(3, 2, rngs=nnx.Rngs(0))).splitlines()
+    model = eva_optax.tap(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), rank=2)
+    assert repr(model).startswith("Linear(")
+    assert sorted(line.strip(" ,") for line in repr(eva_optax.strip(model)).splitlines()) == sorted(
+        line.strip(" ,") for line in shown
+    )
+
+
 # Saving and copying
 
 
