@@ -49,12 +49,16 @@ def adamw(rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.adamw(rate, b2=0.95)
 
 
+def eva_adamw(rate: optax.Schedule) -> optax.GradientTransformation:
+    return eva_optax.eva_adamw(rate, b2=0.95)
+
+
 def muon(rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.contrib.muon(rate, adam_b2=0.95, muon_weight_dimension_numbers=matrices)
 
 
 def eva_muon(rate: optax.Schedule) -> optax.GradientTransformation:
-    return eva_optax.eva_muon(rate, muon_weight_dimension_numbers=matrices)
+    return eva_optax.eva_muon(rate, adam_b2=0.95, muon_weight_dimension_numbers=matrices)
 
 
 class Optimizer(NamedTuple):
@@ -67,7 +71,7 @@ class Optimizer(NamedTuple):
 
 OPTIMIZERS = {
     "AdamW": Optimizer(adamw, False, 0.005),
-    "Eva-AdamW": Optimizer(eva_optax.eva_adamw, True, 0.005),
+    "Eva-AdamW": Optimizer(eva_adamw, True, 0.005),
     "Muon": Optimizer(muon, False, 0.02),
     "Eva-Muon": Optimizer(eva_muon, True, 0.02),
 }

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import eva_optax
 
-B2 = 0.95  # of every Adam here, by itself or inside Muon; that of `eva_adamw` and `eva_muon` by default
+B2 = 0.95  # of every Adam here, by itself, inside Muon and inside of their Eva counterparts
 BOUNDARY_WEIGHT = 100.0  # about the mean square of f, with which the equation's part of the loss starts
 EVALUATIONS, INTERIOR, BOUNDARY = 40, 256, 64  # of a run; points, drawn once for each seed
 
