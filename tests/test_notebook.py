@@ -59,4 +59,4 @@ def test_the_nnx_quickstart_runs(as_a_user, capsys, monkeypatch):
     runpy.run_path(str(EXAMPLES / "quickstart_nnx.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "38,282 of 38,282 parameters tapped" in printed
-    assert "Eva + AdamW" in printed
+    assert "Eva-AdamW" in printed
