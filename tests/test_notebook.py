@@ -7,9 +7,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import pytest
-
-from tests.flax.nnx_cases import NNX_JIT_RUNS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOK = json.loads((EXAMPLES / "colab.ipynb").read_text())
@@ -32,7 +29,6 @@ def test_no_output_is_stored():
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in CODE)
 
 
-@pytest.mark.skipif(not NNX_JIT_RUNS, reason="nnx.jit fails for this pair of JAX and Flax")
 def test_every_cell_runs(as_a_user, capsys):
     matplotlib.use("Agg")
     names = {"__name__": "notebook"}
@@ -52,7 +48,6 @@ def test_every_cell_runs(as_a_user, capsys):
     names["plt"].close("all")
 
 
-@pytest.mark.skipif(not NNX_JIT_RUNS, reason="nnx.jit fails for this pair of JAX and Flax")
 def test_the_nnx_quickstart_runs(as_a_user, capsys, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr(sys, "argv", ["quickstart_nnx.py", "--steps", "3"])
