@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOK = json.loads((EXAMPLES / "colab.ipynb").read_text())
@@ -48,6 +49,7 @@ def test_every_cell_runs(as_a_user, capsys):
     names["plt"].close("all")
 
 
+@pytest.mark.slow
 def test_the_nnx_quickstart_runs(as_a_user, capsys, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr(sys, "argv", ["quickstart_nnx.py", "--steps", "3"])
