@@ -62,11 +62,11 @@ def _behind(base: str) -> list[Optimizer]:
 
 
 def eva_adamw(rate: optax.Schedule) -> optax.GradientTransformation:
-    return eva_optax.eva_adamw(rate, weight_decay=0.0)
+    return eva_optax.eva_adamw(rate, b2=0.95, weight_decay=0.0)
 
 
 def eva_muon(rate: optax.Schedule) -> optax.GradientTransformation:
-    return eva_optax.eva_muon(rate, muon_weight_dimension_numbers=muon_dimensions)
+    return eva_optax.eva_muon(rate, adam_b2=0.95, muon_weight_dimension_numbers=muon_dimensions)
 
 
 OPTIMIZERS = {

@@ -1,34 +1,18 @@
-"""What an optimizer's state says about training: a flat dict to log, and a plot of it."""
+"""What an optimizer's state says about training, as a flat dict to log."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from eva_optax._probes.layers import layer_names, take_apart
 from eva_optax._probes.layout import find_stacked
 from eva_optax._probes.probe import COUNTER, MOMENT, TRACE, Path, is_probe
 from eva_optax._transforms.kept import Scalars
 from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, SketchState
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_TITLES = {
-    "nu": "step-size factor ν",
-    "skipped": "skipped layers, in all",
-    "untapped": "steps without vectors, in all",
-    "cosine": "share of the gradient along the direction (cosine)",
-    "explained": "share of the inputs' mean square in the directions of the sketch",
-    "norm_a": "norm of the mean input ‖a‖",
-    "norm_b": "norm of the summed cotangent ‖b‖",
-    "norm": "norm of the means ‖V‖",
-    "trace": "mean square of the inputs",
-}
 
 
 def diagnostics(state: Any) -> dict[str, Array]:
@@ -77,57 +61,6 @@ def diagnostics(state: Any) -> dict[str, Array]:
     if len(states) == 1:
         return dict(_report(states[0]))
     return {f"{index}/{name}": value for index, part in enumerate(states) for name, value in _report(part)}
-
-
-def plot_diagnostics(history: Sequence[Mapping[str, ArrayLike]], steps: Sequence[int] | None = None) -> "Figure":
-    """Plots a history of `diagnostics` over training: a panel for each quantity, a line for each layer.
-
-    Args:
-      history: what `diagnostics` returned at each logged step.
-      steps: the numbers of these steps; 0, 1, 2, … by default.
-
-    Returns:
-      A matplotlib figure, to be shown or saved with ``figure.savefig("diagnostics.png")``.
-
-    Raises:
-      ValueError: if the history is empty, or `steps` has another length.
-      ImportError: if matplotlib is not installed.
-
-    Source: this library.
-
-    Example:
-      >>> import eva_optax
-      >>> history = [{"nu": 1.0, "head/cosine": 0.5}, {"nu": 0.5, "head/cosine": 0.25}]
-      >>> figure = eva_optax.plot_diagnostics(history, steps=[0, 10])
-      >>> [axis.get_title() for axis in figure.axes]
-      ['step-size factor ν', 'share of the gradient along the direction (cosine)']
-    """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("eva_optax.plot_diagnostics needs matplotlib: pip install matplotlib") from error
-    if not history:
-        raise ValueError(
-            "eva_optax.plot_diagnostics: history is empty. Give it what diagnostics returned, step by step."
-        )
-    steps = range(len(history)) if steps is None else steps
-    if len(steps) != len(history):
-        raise ValueError(f"eva_optax.plot_diagnostics: got {len(steps)} steps for a history of {len(history)}.")
-
-    panels: dict[str, list[str]] = {}
-    for key in history[0]:
-        panels.setdefault(key.rpartition("/")[2], []).append(key)
-    figure = Figure(figsize=(9, 2.4 * len(panels)), layout="constrained")
-    for axis, (quantity, keys) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-        colors = colormaps["viridis"](np.linspace(0, 0.9, len(keys)))
-        for key, color in zip(keys, colors, strict=True):
-            axis.plot(steps, [float(np.asarray(entry[key])) for entry in history], color=color, label=key)
-        axis.set_title(_TITLES.get(quantity, quantity), fontsize="medium")
-        if 1 < len(keys) <= 12:
-            axis.legend([key.rpartition("/")[0] for key in keys], fontsize="x-small", loc="center left")
-    figure.axes[-1].set_xlabel("step")
-    return figure
 
 
 def find_states(caller: str, tree: Any) -> list[ScaleByEvaState | ConjugateState | SketchState]:
