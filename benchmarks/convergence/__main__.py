@@ -1,20 +1,19 @@
 """How fast and how far SGD, AdamW and Muon train with and without each member of the family.
 
-    python -m benchmarks.convergence                    # about an hour on one core; resumes where it stopped
+    python -m benchmarks.convergence                    # some hours on one core; resumes where it stopped
     python -m benchmarks.convergence --small            # a quick look
     python -m benchmarks.convergence --tasks cnn --optimizers muon eva_muon
-    python -m benchmarks.convergence --report           # only the tables and the plot, from the CSV files
+    python -m benchmarks.convergence --report           # only the tables and the plots, from the CSV files
 
 docs/convergence.md describes the method and says what was found. Results are appended run by run to `convergence.csv`
 and `step_times.csv`; runs that are there are not repeated. Processes with different tasks may share these files.
 """
 
-import argparse
 from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.common.results import DOCS, RESULTS
+from benchmarks.common.results import DOCS, RESULTS, command_line
 from benchmarks.convergence import report
 from benchmarks.convergence.optimizers import OPTIMIZERS
 from benchmarks.convergence.records import Records
@@ -26,23 +25,17 @@ SMALL = ("sgd", "adamw", "muon", "eva+sgd", "eva_adamw", "eva_muon")
 
 
 def main() -> None:
-    summary, _, usage = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "benchmarks.convergence", None, summary, usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("convergence", __doc__ or "")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: all")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, help="default: all")
-    parser.add_argument("--results", type=Path, help="folder of the CSV files; default: benchmarks/results")
-    parser.add_argument("--output", type=Path, help="folder of the plot and the tables; default: docs")
     parser.add_argument(
         "--small", action="store_true", help="a few steps of six optimizers on one task, into results/convergence"
     )
-    parser.add_argument("--report", action="store_true", help="train nothing; tables and plot from the CSV files")
     options = parser.parse_args()
-    small = Path("results", "convergence") if options.small else None
     tasks = [TASKS[name] for name in options.tasks or (["diabetes"] if options.small else TASKS)]
     optimizers = [OPTIMIZERS[name] for name in options.optimizers or (SMALL if options.small else OPTIMIZERS)]
-    records = Records(options.results or small or RESULTS)
+    results = Path("results", "convergence") if options.small and options.results == RESULTS else options.results
+    records = Records(results)
 
     if not options.report:
         lengths = {task.name: 40 if options.small else task.steps for task in tasks}
@@ -56,7 +49,7 @@ def main() -> None:
                     measure(records, task, optimizer, lengths[task.name], 0 if options.small else EXTENSIONS, bar)
                 measure_times(records, task, optimizers)
                 forget_programs()  # hundreds of them: the process would run out of memory mappings
-    report.write(records, options.output or small or DOCS)
+    report.write(records, DOCS if results == RESULTS else results)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.convergence.optimizers import OPTIMIZERS, Optimizer
+from benchmarks.convergence.optimizers import BASELINES, OPTIMIZERS, Optimizer
 from benchmarks.convergence.records import Key, Records
 from benchmarks.convergence.tasks import Task
 from benchmarks.convergence.training import Run, time_steps, train
@@ -51,7 +51,7 @@ def measure(records: Records, task: Task, optimizer: Optimizer, steps: int, exte
             bar.total += steps
         return run("tune", rate, TUNING_SEED).final
 
-    center = task.rates[optimizer.baseline]
+    center = dict(zip(BASELINES, task.rates, strict=True))[optimizer.baseline]
     first_grid = [grid_rate(center, index) for index in range(*FIRST_GRID)]
     rate = tune(records.tuned(task.name, optimizer.name), center, tuning_loss, extensions)
     for seed in TEST_SEEDS:
