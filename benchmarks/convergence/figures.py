@@ -14,7 +14,13 @@ from matplotlib.patches import Rectangle
 from benchmarks.convergence.optimizers import OPTIMIZERS
 
 # As wide as a page, with letters of the size of its text.
-STYLE: Any = {"savefig.dpi": 160, "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: Any = {
+    "savefig.dpi": 160,
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 WIDTH = 7.5
 PANELS = {  # by the name of its file: the figure of a summary, and what it is of
     "steps": ("fewer_steps", "Steps to the baseline's final training loss"),

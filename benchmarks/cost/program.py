@@ -67,16 +67,13 @@ class Program:
         Raises:
           ValueError: if neither tells.
         """
-        known = re.search(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)', loop.attributes)
-        if known:
-            return int(known[1])
         condition = self.computations[loop.called("condition")[0]].values()
-        constants = [one for one in condition if one.opcode == "constant" and one.shapes[0].dims == ()]
-        values = [re.match(r"constant\((\d+)\)", one.attributes) for one in constants]
-        numbers = [int(value[1]) for value in values if value]
-        if len(numbers) != 1:
+        limits = " ".join(one.attributes for one in condition if one.opcode == "constant")
+        known = re.findall(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)', loop.attributes)
+        known = known or re.findall(r"\((\d+)\)", limits)
+        if len(known) != 1:
             raise ValueError(f"benchmarks.cost.program: cannot tell how often loop {loop.name} runs.")
-        return numbers[0]
+        return int(known[0])
 
     def hbm_bytes(self) -> float:
         """Bytes that the program reads from and writes to HBM."""
@@ -116,7 +113,8 @@ class Program:
         values, users, names, written = home, [one], one.operands, (one.name,)
         if inside := self._inside(one):  # where parameters stand for the operands
             values, users = inside, list(inside.values())
-            names = [inner.name for inner in sorted(users, key=_number) if inner.opcode == "parameter"]
+            parameters = [inner for inner in users if inner.opcode == "parameter"]
+            names = [inner.name for inner in sorted(parameters, key=lambda inner: int(inner.attributes.strip("()")))]
             root = next(inner for inner in users if inner.root)
             written = root.operands if root.opcode == "tuple" else (root.name,)
         full = [sum(shape.hbm for shape in shapes) for shapes in operands]
@@ -125,12 +123,6 @@ class Program:
         if len(written) == len(results):
             return times * (moved + sum(_written(values, *pair) for pair in zip(written, results, strict=True)))
         return times * (moved + sum(shape.hbm for shape in results))
-
-
-def _number(one: Instruction) -> int:
-    """Which of the parameters of a computation it is."""
-    found = re.match(r"parameter\((\d+)\)", one.attributes)
-    return int(found[1]) if found else -1
 
 
 def _moves_nothing(opcode: str) -> bool:
