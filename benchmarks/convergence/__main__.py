@@ -19,7 +19,7 @@ from benchmarks.convergence.optimizers import OPTIMIZERS
 from benchmarks.convergence.records import Records
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.training import forget_programs
-from benchmarks.convergence.tuning import EXTENSIONS, FIRST_GRID, TEST_SEEDS, measure, measure_times
+from benchmarks.convergence.tuning import EXTENSIONS, measure, measure_times
 
 SMALL = ("sgd", "adamw", "muon", "eva+sgd", "eva_adamw", "eva_muon")
 
@@ -28,9 +28,7 @@ def main() -> None:
     parser = command_line("convergence", __doc__ or "")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: all")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, help="default: all")
-    parser.add_argument(
-        "--small", action="store_true", help="a few steps of six optimizers on one task, into results/convergence"
-    )
+    parser.add_argument("--small", action="store_true", help="40 steps of six optimizers, into results/convergence")
     options = parser.parse_args()
     tasks = [TASKS[name] for name in options.tasks or (["diabetes"] if options.small else TASKS)]
     optimizers = [OPTIMIZERS[name] for name in options.optimizers or (SMALL if options.small else OPTIMIZERS)]
@@ -38,15 +36,12 @@ def main() -> None:
     records = Records(results)
 
     if not options.report:
-        lengths = {task.name: 40 if options.small else task.steps for task in tasks}
-        first = FIRST_GRID[1] - FIRST_GRID[0]
-        pairs = [(task.name, optimizer.name) for task in tasks for optimizer in optimizers]
-        total = sum(lengths[pair[0]] * (max(first, len(records.tuned(*pair))) + len(TEST_SEEDS)) for pair in pairs)
-        done = sum(lengths[key.task] for key in records.runs if key[:2] in pairs)
-        with tqdm(total=total, initial=done, unit="step", smoothing=0.02) as bar:
+        with tqdm(total=len(tasks) * len(optimizers), unit="optimizer", smoothing=0) as bar:
             for task in tasks:
                 for optimizer in optimizers:
-                    measure(records, task, optimizer, lengths[task.name], 0 if options.small else EXTENSIONS, bar)
+                    bar.set_postfix_str(f"{task.name}, {optimizer.name}")
+                    measure(records, task, optimizer, *((40, 0) if options.small else (task.steps, EXTENSIONS)))
+                    bar.update()
                 measure_times(records, task, optimizers)
                 forget_programs()  # hundreds of them: the process would run out of memory mappings
     report.write(records, DOCS if results == RESULTS else results)

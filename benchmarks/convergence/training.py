@@ -90,27 +90,22 @@ def start(task: Task, optimizer: Optimizer, seed: int) -> Any:
     return params, optimizer.build(schedule(jnp.ones(()), jnp.ones(()))).init(params), variables
 
 
-def train(
-    task: Task, optimizer: Optimizer, rate: float, seed: int, steps: int, advance: Callable[[int], Any] = lambda _: None
-) -> Run:
-    """Trains once; `advance` is told how many steps were made. A run that diverges ends early, with infinite losses."""
+def train(task: Task, optimizer: Optimizer, rate: float, seed: int, steps: int) -> Run:
+    """Trains once. A run that diverges ends early, with infinite losses."""
     data, step, evaluate = task.load(), train_step(task.model, task.loss, optimizer), evaluation(task.model, task.loss)
     # Evaluated on the device's copies, taken once.
     train_part, validation_part = ([jnp.asarray(part[: task.evaluated]) for part in split] for split in data)
-    chunks = np.array_split(task.batches(seed, steps), POINTS)
     arguments = jnp.float32(rate), jnp.float32(steps)
     carry, curve = start(task, optimizer, seed), []
 
     def loss(inputs: Array, targets: Array) -> float:
         return float(evaluate(eva_optax.strip(carry[0]), carry[2], inputs, targets))
 
-    for chunk in chunks:
+    for chunk in np.array_split(task.batches(seed, steps), POINTS):
         for batch in chunk:
             carry = step(carry, *arguments, data.train.inputs[batch], data.train.targets[batch])
-        advance(len(chunk))
         curve.append(loss(*train_part))
         if not math.isfinite(curve[-1]):
-            advance(sum(map(len, chunks[len(curve) :])))
             return Run(steps, curve[:-1] + [math.inf] * (POINTS - len(curve) + 1), math.inf)
     return Run(steps, curve, loss(*validation_part))
 

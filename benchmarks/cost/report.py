@@ -45,12 +45,11 @@ def bars(rows: dict[str, dict[Key, Row]]) -> str:
 
 def overhead_bars(rows: dict[str, dict[Key, Row]]) -> str:
     """The same of what is added to a step beside arithmetic."""
-    found = [(bar, case, rows[bar.target].get((case, bar.optimizer))) for bar in OVERHEAD_BARS for case in bar.cases]
-    lines = [
-        (bar.what, f"{case}, {bar.optimizer}", *aim(bar.most, float(row[bar.figure]), "g"))
-        for bar, case, row in found
-        if row
-    ]
+    lines = []
+    for bar in OVERHEAD_BARS:
+        for case in bar.cases:
+            if value := rows[bar.target].get((case, bar.optimizer), {}).get(bar.figure):
+                lines.append((bar.what, f"{case}, {bar.optimizer}", *aim(bar.most, float(value), "g")))
     title = "**What is added to a step beside arithmetic**"
     return f"{title}\n\n{table(('what', 'where', 'aim', 'measured', ''), lines, 2)}" if lines else ""
 

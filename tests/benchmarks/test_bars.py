@@ -28,14 +28,14 @@ def run_benchmark(folder: Path, *arguments: str) -> dict[tuple[str, ...], dict[s
 
 
 @pytest.mark.parametrize(
-    "group", sorted({bar.key("")[:-1] for bar in BARS if bar.target == "cpu"}), ids=lambda group: "-".join(group[1:3])
+    "group", sorted({bar.group for bar in BARS if bar.target == "cpu"}), ids=lambda group: "-".join(group[1:3])
 )
 def test_a_step_on_eight_devices_costs_what_one_of_sgd_costs(group):
     rows = {}
     for optimizer in ("sgd", "eva+sgd"):
         rows[*group, optimizer] = compile_step(make_step((*group, optimizer), "cpu"))[1]
     for bar in BARS:
-        if bar.key("")[:-1] == group:
+        if bar.group == group:
             value = bar.value(rows)
             assert value is not None
             assert value <= bar.most, (bar.what, value)
@@ -58,8 +58,8 @@ def test_what_is_added_to_a_step_stays_below_the_bars(figure, added):
 def check(bars: list[Bar], folder: Path) -> None:
     """Compiles what the bars need, and compares."""
     rows = {}
-    for group in sorted({bar.key("")[:-1] for bar in bars}):
-        here = [bar for bar in bars if bar.key("")[:-1] == group]
+    for group in sorted({bar.group for bar in bars}):
+        here = [bar for bar in bars if bar.group == group]
         optimizers = {name for bar in here for name in (bar.optimizer, bar.beyond) if name}
         rows |= run_benchmark(folder, "--target", here[0].target, "--only", *group, *sorted(optimizers))
     for bar in bars:
@@ -94,7 +94,7 @@ def test_a_gpu_runs_few_kernels_more_for_each_layer(tmp_path):
 
 
 def results(optimizers: dict[str, float], bar: Bar) -> dict:
-    return {bar.key(name): {bar.figure: str(value)} for name, value in optimizers.items()}
+    return {(*bar.group, name): {bar.figure: str(value)} for name, value in optimizers.items()}
 
 
 def test_a_bar_is_a_ratio_to_sgd_or_one_less_another():

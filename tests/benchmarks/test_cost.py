@@ -129,7 +129,7 @@ def test_the_report_compares_with_sgd_and_says_what_was_missed(passes, verdict, 
     text = (tmp_path / "cost.md").read_text()
     assert f"| ≤ 1.21 | {passes / 5:.4f} | {verdict} |" in text
     assert f"| v5e:2x2 | update | single | 5 MB | {passes / 5:.4f} |" in text
-    assert f"| mlp-20, eva+sgd | ≤ 80 | {80.0 if verdict == 'reached' else 80.1} | {verdict} |" in text
+    assert f"| mlp-20, eva+sgd | ≤ 80 | {80 if verdict == 'reached' else 80.1} | {verdict} |" in text
     assert "| mlp |" not in text  # nothing to compare it with
 
 
