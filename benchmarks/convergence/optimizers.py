@@ -1,13 +1,15 @@
-"""The optimizers of the convergence benchmark: three baselines, and each member of the family chained with them."""
+"""The optimizers of the convergence benchmark: three baselines, and what is compared with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import optax
 
 import eva_optax
+from benchmarks.common.training import untapped
 
 Build = Callable[[optax.Schedule], optax.GradientTransformation]
 
@@ -18,15 +20,13 @@ class Optimizer:
 
     Attributes:
       baseline: the name of the one that it is compared with, its own for a baseline.
-      tapped: whether it needs a tapped model. The baselines do without, so that they pay for nothing.
-      rank: of the sketches that the tap collects; None for none.
+      tap: what its model is tapped with. The baselines do without, so that they pay for nothing.
     """
 
     name: str
     baseline: str
     build: Build
-    tapped: bool = True
-    rank: int | None = None
+    tap: Callable[[Any], Any] = eva_optax.tap
 
 
 def muon_dimensions(params: Any) -> Any:
@@ -43,11 +43,15 @@ def muon_dimensions(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
+MUON: dict[str, Any] = {"muon_weight_dimension_numbers": muon_dimensions}
 BASELINES: dict[str, Build] = {
     "sgd": lambda rate: optax.sgd(rate, momentum=0.9),
     "adamw": lambda rate: optax.adamw(rate, b2=0.95, weight_decay=0.0),
-    "muon": lambda rate: optax.contrib.muon(rate, adam_b2=0.95, muon_weight_dimension_numbers=muon_dimensions),
+    "muon": lambda rate: optax.contrib.muon(rate, adam_b2=0.95, **MUON),
 }
+eva_adamw = partial(eva_optax.eva_adamw, b2=0.95, weight_decay=0.0)
+eva_muon = partial(eva_optax.eva_muon, adam_b2=0.95, **MUON)
+SKETCHED = {rank: partial(eva_optax.tap, rank=rank) for rank in (0, 4, 16)}
 
 
 def _behind(base: str) -> list[Optimizer]:
@@ -56,31 +60,42 @@ def _behind(base: str) -> list[Optimizer]:
     return [
         Optimizer(f"eva+{base}", base, lambda rate: optax.chain(eva_optax.scale_by_eva(), build(rate))),
         Optimizer(f"eva_f+{base}", base, lambda rate: optax.chain(eva_optax.scale_by_eva_f(), build(rate))),
-        Optimizer(f"eva_s+{base}", base, lambda rate: optax.chain(eva_optax.scale_by_eva_s(), build(rate)), False),
+        Optimizer(f"eva_s+{base}", base, lambda rate: optax.chain(eva_optax.scale_by_eva_s(), build(rate)), untapped),
         Optimizer(f"center+{base}", base, lambda rate: eva_optax.center(build(rate))),
     ]
 
 
-def eva_adamw(rate: optax.Schedule) -> optax.GradientTransformation:
-    return eva_optax.eva_adamw(rate, b2=0.95, weight_decay=0.0)
-
-
-def eva_muon(rate: optax.Schedule) -> optax.GradientTransformation:
-    return eva_optax.eva_muon(rate, adam_b2=0.95, muon_weight_dimension_numbers=muon_dimensions)
+def _matrices() -> Iterator[Optimizer]:
+    """Those with whole matrices, as far as the library has them; `/10` takes their inverses in every tenth step."""
+    inputs, both = ({"factors": sides} for sides in ("input", "both"))
+    for name, baseline, tapped, options in (
+        ("kfac", "sgd", both, {"every": 1}),
+        ("kfac", "sgd", both, {"every": 10}),
+        ("shampoo", "adamw", None, {"every": 1}),
+        ("shampoo", "adamw", None, {"every": 10}),
+        ("foof", "sgd", inputs, {}),
+        ("foof_adamw", "adamw", inputs, {"weight_decay": 0.0}),
+        ("foof_muon", "muon", inputs, MUON),
+    ):
+        if hasattr(eva_optax, name):
+            tap = untapped if tapped is None else partial(eva_optax.tap, **tapped)
+            label = name + "/10" * (options.get("every") == 10)
+            yield Optimizer(label, baseline, partial(getattr(eva_optax, name), **options), tap)
 
 
 OPTIMIZERS = {
     optimizer.name: optimizer
     for optimizer in (
-        *(Optimizer(name, name, build, tapped=False) for name, build in BASELINES.items()),
+        *(Optimizer(name, name, build, untapped) for name, build in BASELINES.items()),
         *(optimizer for base in BASELINES for optimizer in _behind(base)),
         Optimizer("conjugate+sgd", "sgd", lambda rate: eva_optax.conjugate(BASELINES["sgd"](rate))),
         Optimizer("eva_adamw", "adamw", eva_adamw),
-        *(Optimizer(f"eva_adamw@{rank}", "adamw", eva_adamw, rank=rank) for rank in (0, 4, 16)),
+        *(Optimizer(f"eva_adamw@{rank}", "adamw", eva_adamw, tap) for rank, tap in SKETCHED.items()),
         Optimizer("eva_muon", "muon", eva_muon),
-        Optimizer("eva_muon@16", "muon", eva_muon, rank=16),
+        Optimizer("eva_muon@16", "muon", eva_muon, SKETCHED[16]),
         Optimizer("eva", "sgd", eva_optax.eva),
         Optimizer("eva_f", "sgd", eva_optax.eva_f),
-        Optimizer("eva_s", "sgd", eva_optax.eva_s, tapped=False),
+        Optimizer("eva_s", "sgd", eva_optax.eva_s, untapped),
+        *_matrices(),
     )
 }
