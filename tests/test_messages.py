@@ -20,7 +20,9 @@ def constants(trees: list[ast.Module]) -> dict[str, str]:
         node.targets[0].id: node.value.value
         for tree in trees
         for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
         if isinstance(node.value.value, str)
     }
 
