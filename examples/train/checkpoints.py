@@ -1,0 +1,36 @@
+"""Orbax checkpoints: the state of training and the position in the input, together, written while training goes on."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The last checkpoints of a run."""
+
+    def __init__(self, folder: Path):
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.manager.close()  # waits for what is being written
+
+    def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
+        """State and notes of the last checkpoint, the state laid out over devices as `state` is; None without one."""
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), notes=ocp.args.JsonRestore())
+        found: Any = self.manager.restore(step, args=items)
+        return found.state, found.notes
+
+    def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
+        if step != self.manager.latest_step():
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+            self.manager.save(step, args=items, force=True)
