@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, Self
 
-import jax
 import orbax.checkpoint as ocp
 
 
@@ -20,12 +19,11 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.manager.close()  # waits for what is being written
 
-    def restore(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """State and notes of the last checkpoint, the state laid out over devices as `state` is; None without one."""
+    def restore(self, wanted: Any) -> tuple[Any, dict[str, Any]] | None:
+        """State and notes of the last checkpoint; `wanted` has the shapes of the state, and where each array lies."""
         step = self.manager.latest_step()
         if step is None:
             return None
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), notes=ocp.args.JsonRestore())
         found: Any = self.manager.restore(step, args=items)
         return found.state, found.notes

@@ -3,9 +3,9 @@
     python -m examples.train.compare --task cifar10-resnet20 --optimizers sgd,adamw,eva_adamw --rates 3
     python -m examples.train.compare --task cifar10-resnet110 --data PATH --optimizers sgd,kfac,eva --target 0.935
 
-Rates lie around the default of each optimizer, two in a decade; the one with the best validation metric counts. The target
-is, unless --target says otherwise, the best that the first optimizer comes to; ratios are seconds of the first optimizer by
-those of another. What was run before, in part or to its end, is not run again. Other options are those of
+Rates lie around the default of each optimizer, two in a decade; the one with the best validation metric counts. The
+target is, unless --target says otherwise, the best that the first optimizer comes to; ratios are seconds of the first
+optimizer by those of another. What was run before, in part or to its end, is not run again. Other options are those of
 `python -m examples.train`.
 """
 
@@ -157,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(table(records, target, objective), "")
         console.print(
             f"{config.task} on {config.input.data}; target: {objective.metric} {target:.4g}. The rate is the best of "
-            f"{options.rates} by {objective.metric}. Seconds are those of training steps, without compilation and evaluation; "
-            "peak memory is that of the device where it counts it, else of this process so far."
+            f"{options.rates} by {objective.metric}. Seconds are those of training steps, without compilation and "
+            "evaluation; peak memory is that of the device where it counts it, else of this process so far."
         )
         plot(records, target, objective, folder / "compare.png")
         console.print(f"Plot: {folder / 'compare.png'}", soft_wrap=True)

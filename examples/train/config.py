@@ -141,17 +141,17 @@ def convert(path: str, given: Any, kind: type) -> Any:
 
 
 def keywords(path: str, text: str) -> dict[str, Any]:
-    """`a=1,b=x` as a dictionary; what is no Python literal is a string."""
-    found = {}
-    for part in filter(None, text.split(",")):
-        name, sign, value = part.partition("=")
-        if not sign:
-            raise UserError(f"{path}: expected name=value, separated by commas, got {part!r}.")
-        try:
-            found[name.strip()] = ast.literal_eval(value.strip())
-        except (SyntaxError, ValueError):
-            found[name.strip()] = value.strip()
-    return found
+    """`a=1,b=(2,3),c=x` as a dictionary: Python literals, and words without quotes."""
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        found = {str(part.arg): part.value for part in call.keywords}
+        values = {name: v.id if isinstance(v, ast.Name) else ast.literal_eval(v) for name, v in found.items()}
+        if call.args or "None" in values:
+            raise ValueError
+    except (SyntaxError, ValueError):
+        raise UserError(f"{path}: expected name=value, separated by commas, got {text!r}.") from None
+    return values
 
 
 def unknown(what: str, name: str, known: list[str]) -> UserError:

@@ -76,7 +76,7 @@ def train(config: Config) -> dict[str, Any]:
             return result
     run = Run(config, task, program, validation, Clock(), steps, per_epoch)
     try:
-        result = run(program.create(jax.random.key(config.seed)), pipeline.training(training, config, steps))
+        result = run(pipeline.training(training, config, steps))
     except DivergedError as error:
         write(finished, {"diverged": str(error)})
         raise
@@ -121,15 +121,17 @@ class Run:
     steps: int
     per_epoch: float
 
-    def __call__(self, state: State, batches: Any) -> dict[str, Any]:
+    def __call__(self, batches: Any) -> dict[str, Any]:
         """Goes on from the last checkpoint, if there is one, to the end."""
         folder = Path(self.config.reports.output)
         with Checkpoints(folder / "checkpoints") as checkpoints:
-            found = checkpoints.restore(state)
+            found = checkpoints.restore(self.program.state)
             if found:
                 state, notes = found
                 batches.set_state(notes["input"])
                 self.clock.seconds = notes["seconds"]
+            else:
+                state = self.program.create(jax.random.key(self.config.seed))
             with Recorder(folder, int(state.step)) as recorder:
                 recorder.say(self.headline(state))
                 return self.train(state, batches, checkpoints, recorder)

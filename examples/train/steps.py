@@ -42,14 +42,16 @@ class Program(NamedTuple):
     """What a run calls.
 
     Attributes:
-      create: from a random key to the first state, in its place.
-      step: from a state, which it consumes, and a batch to the next state and means over the batch.
+      state: the shapes of a state, and where each array of it lies.
+      create: from a random key to the first state.
+      step: from a state, which it consumes, and a batch to the next state and means over the batch; jitted.
       evaluate: from a state and a batch to the sums of its weighted values, and of its weights.
       rows: how the rows of a batch are spread.
     """
 
+    state: State
     create: Callable[[Array], State]
-    step: Callable[[State, Batch], tuple[State, dict[str, Array]]]
+    step: Any
     evaluate: Callable[[State, Batch], tuple[dict[str, Array], Array]]
     rows: NamedSharding
 
@@ -141,9 +143,11 @@ def make_program(task: Task, config: Config, example: Batch, steps: int, mesh: M
         values = objective.values(outputs, targets, 0.0)
         return {name: (each * weights).sum() for name, each in values.items()}, weights.sum()
 
-    places = jax.tree.map(lambda leaf: place(leaf, mesh), jax.eval_shape(create, jax.random.key(0)))
-    copied = NamedSharding(mesh, P())
+    shapes = jax.eval_shape(create, jax.random.key(0))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x, mesh)), shapes)
+    places, copied = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, P())
     return Program(
+        state,
         jax.jit(create, out_shardings=places),
         jax.jit(step, donate_argnums=0, out_shardings=(places, copied)),
         jax.jit(evaluate, out_shardings=copied),
