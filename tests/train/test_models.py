@@ -13,8 +13,8 @@ from examples.train.tasks import TASKS, configure
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("as_a_user")]
 
-# In millions. He et al. 2016, table 6, and their model for ImageNet; Simonyan and Zisserman's layers with one linear layer;
-# Zagoruyko and Komodakis 2016, table 5; Touvron et al. 2021 for ViT-S; Hinton and Salakhutdinov's layers; the last is ours.
+# In millions. He et al. 2016, table 6, and their model for ImageNet; Simonyan and Zisserman's layers with one linear
+# layer; Zagoruyko and Komodakis 2016, table 5; Touvron et al. 2021 for ViT-S; Hinton and Salakhutdinov's layers; ours.
 MILLIONS = {"resnet20": 0.27, "resnet110": 1.7, "vgg19": 20.0, "wrn28-10": 36.5, "resnet50": 25.6, "vit-s16": 22.1}
 MILLIONS |= {"autoencoder": 2.84, "decoder": 10.94}
 SMALL = {
