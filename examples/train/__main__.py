@@ -38,12 +38,14 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, bool]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the program, on its command line by default; called with arguments, it leaves joining processes to others."""
     try:
         config, only_print = parse(arguments)
         if only_print:
             print(config)
             return
-        connect(config.machine)
+        if arguments is None:
+            connect(config.machine)
         result = train(config)
         if jax.process_index() == 0:
             print(sentence(result))

@@ -141,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options, given = changes(parser, arguments)
         names = options.optimizers.split(",")
         config = tasks.configure(given)
-        connect(config.machine)
+        if arguments is None:
+            connect(config.machine)
         folder = options.output or Path("results/compare") / config.task
         objective = tasks.find(config.task).objective
         records = {}

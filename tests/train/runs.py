@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 # Runs the program; with DIE_AT, ends itself without a word when the line of that step is to be written.
 WORKER = """
-import os, signal, sys
+import os, signal
 from examples.train import metrics
 from examples.train.__main__ import main
 
@@ -25,7 +25,7 @@ def write_or_die(self, step, *rest):
     write(self, step, *rest)
 
 metrics.Recorder.write = write_or_die
-main(sys.argv[1:])
+main()
 """
 
 

@@ -76,4 +76,6 @@ class Decoder(nn.Module):
         y = nn.Embed(BYTES, self.width, dtype=self.dtype, embedding_init=init, name="embedding")(x)
         y = y + positions[:, : x.shape[1]].astype(y.dtype)
         y, _ = blocks(self.depth, self.heads, True, self.dtype)(y, None)
-        return nn.Dense(BYTES, dtype=jnp.float32, name="head")(nn.LayerNorm(1e-6, dtype=jnp.float32)(y))
+        return nn.Dense(BYTES, dtype=jnp.float32, kernel_init=init, name="head")(
+            nn.LayerNorm(1e-6, dtype=jnp.float32)(y)
+        )
