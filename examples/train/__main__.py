@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Config, bool]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the program, on its command line by default; called with arguments, it leaves joining processes to others."""
+    """Runs the program: on its command line or, by a process that has joined the others itself, with arguments."""
     try:
         config, only_print = parse(arguments)
         if only_print:
