@@ -4,13 +4,15 @@
 # Two more make the documentation:
 #   make docs    serves it and follows changes; EXECUTE_NOTEBOOKS=true runs the notebook for its outputs
 #   make site    builds it strictly into site/, and checks its links
+# And one that takes four minutes more:
+#   make test-train    the tests of the training program, examples/train
 # PYTHON chooses the interpreter, DEMO passes options to the demo (DEMO=--small for a quick look).
 
 PYTHON ?= python3
 VENV := .venv
 DEMO ?=
 
-.PHONY: demo test docs site clean
+.PHONY: demo test test-train docs site clean
 
 demo: $(VENV)/examples
 	$(VENV)/bin/python examples/quickstart.py $(DEMO)
@@ -27,6 +29,9 @@ docs: $(VENV)/docs
 site: $(VENV)/docs $(VENV)/test
 	$(VENV)/bin/mkdocs build --strict
 	$(VENV)/bin/pytest -n 0 tests/test_site.py
+
+test-train: $(VENV)/test
+	$(VENV)/bin/pytest -m train
 
 $(VENV)/examples: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
