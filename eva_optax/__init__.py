@@ -22,8 +22,21 @@ from eva_optax._transforms.diagnostics_plot import plot_diagnostics
 from eva_optax._transforms.eva import scale_by_eva
 from eva_optax._transforms.eva_f import scale_by_eva_f
 from eva_optax._transforms.eva_s import scale_by_eva_s
+from eva_optax._transforms.foof import scale_by_foof
+from eva_optax._transforms.foof_aliases import foof_adamw, foof_muon
+from eva_optax._transforms.hidden_probes import not_probes
+from eva_optax._transforms.kfac import scale_by_kfac
 from eva_optax._transforms.published import eva, eva_f, eva_s
-from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, SketchState
+from eva_optax._transforms.published_factored import foof, kfac
+from eva_optax._transforms.shampoo import scale_by_shampoo, shampoo
+from eva_optax._transforms.state import (
+    CenterState,
+    ConjugateState,
+    ScaleByEvaState,
+    ScaleByKfacState,
+    ShampooState,
+    SketchState,
+)
 
 __version__ = "0.2.0"
 
@@ -34,6 +47,8 @@ __all__ = [
     "KroneckerVectors",
     "Registration",
     "ScaleByEvaState",
+    "ScaleByKfacState",
+    "ShampooState",
     "Sketch",
     "SketchState",
     "attach",
@@ -48,12 +63,21 @@ __all__ = [
     "eva_muon",
     "eva_s",
     "factors",
+    "foof",
+    "foof_adamw",
+    "foof_muon",
+    "kfac",
     "merge_factors",
+    "not_probes",
     "plot_diagnostics",
     "register",
     "scale_by_eva",
     "scale_by_eva_f",
     "scale_by_eva_s",
+    "scale_by_foof",
+    "scale_by_kfac",
+    "scale_by_shampoo",
+    "shampoo",
     "sketches",
     "strip",
     "tap",

@@ -50,6 +50,14 @@ class Damping(NamedTuple):
         """What stands before the bracket; None if it is 1."""
         return None if self.relative or self.keep_scale else 1 / jnp.asarray(self.value, dtype)
 
+    def shift_and_floor(self, unit: Array) -> tuple[Array, Array]:
+        """What is added to each eigenvalue, and which damped eigenvalue counts as 1; `unit` is the mean eigenvalue."""
+        value = jnp.broadcast_to(jnp.asarray(self.value, unit.dtype), unit.shape)
+        if self.relative:
+            known = jnp.where(unit == 0, 1, unit)
+            return value * known, (1 + value) * known
+        return value, value if self.keep_scale else jnp.ones_like(value)
+
     def invert(self, eigenvalue: Array) -> Array:
         """1 / (γ + eigenvalue); 0 where relative damping knows no scale."""
         value = jnp.asarray(self.value, eigenvalue.dtype)
@@ -84,8 +92,8 @@ class Solution(NamedTuple):
         return self.gg, factor * (self.gg - self.gv), jnp.maximum(pp, 0)
 
 
-class Curvature(Protocol):
-    """One kind of curvature."""
+class Statistics(Protocol):
+    """What is collected and averaged of each layer."""
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -99,6 +107,10 @@ class Curvature(Protocol):
     def observe(self, gradient: Gradient) -> dict[str, Array]:
         """What a curvature without statistics takes from a gradient, by name."""
         ...
+
+
+class Curvature(Statistics, Protocol):
+    """One kind of curvature."""
 
     def read(self, layout: Layout, gradients: Sequence[Gradient], averages: Averages) -> tuple[Sums, Any]:
         """Sums over each layer, one number for each and for each of its batch axes, and what `write` needs beside."""

@@ -1,10 +1,10 @@
-r"""The whitening of a second moment that is known by a sketch, without any matrix of its size.
+r"""A power, such as the whitening, of a second moment that is known by a sketch, without any matrix of its size.
 
 Of a symmetric A (n × n) a sketch Y = AΩ with orthonormal Ω (n × r), and the trace t, are known. Nyström's approximation
 Y (ΩᵀY)⁻¹ Yᵀ has the eigenvalues λ and eigenvectors U; what is left of the trace, shared out over the other n − r
 directions, is ρ. With z in units of the mean eigenvalue t / n,
 
-    R = f(ρ) (I − V Vᵀ),   V = U (1 − f(λ)/f(ρ))^½,   f(z) = ((z + δ) / (1 + δ))^(−½),
+    R = f(ρ) (I − V Vᵀ),   V = U (1 − f(λ)/f(ρ))^½,   f(z) = ((z + δ) / (1 + δ))^p,   p = −½ or another power < 0,
 
 and R = I where A is a multiple of I. With a bias the input is (x, 1): e, the last unit vector, is one more column of Ω,
 and A e = (a, 1) is known exactly.
@@ -15,18 +15,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-
-from eva_optax._curvature.curvature import Damping
+from jax.typing import ArrayLike
 
 
 class Basis(NamedTuple):
-    """R of a layer, see above, or of some with the same axes in front.
+    """R of a layer, see above; any axes in front.
 
     Attributes:
-      kernel: the rows of V that belong to the inputs.
-      bias: the row that belongs to the bias; None without one.
-      scale: f(ρ).
-      explained: the share of the trace that the eigenvalues λ have.
+      kernel: the rows of V that belong to the inputs, (n, r).
+      bias: the row that belongs to the bias, (1, r); None without one.
+      scale: f(ρ), (1, 1).
+      explained: the share of the trace that the eigenvalues λ have, (1, 1).
     """
 
     kernel: Array
@@ -36,17 +35,27 @@ class Basis(NamedTuple):
 
 
 def whiten(
-    sketch: Array | None, omega: Array | None, mean: Array, square: Array, has_bias: bool, damping: Damping
+    sketch: Array | None,
+    omega: Array | None,
+    mean: Array,
+    square: Array,
+    shift: Array,
+    floor: Array,
+    *,
+    has_bias: bool,
+    power: ArrayLike = -0.5,
 ) -> Basis:
-    """R of one matrix; `jax.vmap` it.
+    """R = ((A + shift) / floor)^power of one matrix; `jax.vmap` it.
 
     Args:
       sketch: Y without the bias, (n, r); None for the one vector that is known of it.
       omega: Ω, (n, r).
       mean: a, (n,).
       square: t without the bias, a scalar.
+      shift: what is added to each eigenvalue.
+      floor: the damped eigenvalue of which R is 1.
       has_bias: whether the input is (x, 1).
-      damping: δ, or γ in R = (I + A/γ)^(−½).
+      power: p < 0.
     """
     size = len(mean) + has_bias
     trace = square + has_bias
@@ -55,19 +64,17 @@ def whiten(
     else:
         vectors, values = _eigenvectors(*_with_bias(sketch, omega, mean) if has_bias else (sketch, omega))
     rest = jnp.maximum(trace - jnp.sum(values), 0) / max(size - len(values), 1)
-    unit = trace / size
-    value = jnp.asarray(damping.value, mean.dtype)
-    shift, floor = (value * unit, (1 + value) * unit) if damping.relative else (value, value)
 
     def shrink(eigenvalue: Array) -> Array:
-        return jnp.sqrt(floor / (eigenvalue + shift))
+        return ((eigenvalue + shift) / floor) ** jnp.asarray(power, mean.dtype)
 
     scale = shrink(rest)
     # A direction below what is left on average is not known: it is treated as the rest.
     part = jnp.maximum(1 - shrink(values) / scale, 0)
     vectors = vectors * jnp.sqrt(part)[None]
     explained = jnp.sum(values) / jnp.where(trace > 0, trace, 1)
-    return Basis(vectors[: len(mean)], vectors[-1] if has_bias else None, scale, explained)
+    bias = vectors[-1:] if has_bias else None
+    return Basis(vectors[: len(mean)], bias, scale[None, None], explained[None, None])
 
 
 def _one_vector(mean: Array, has_bias: bool) -> tuple[Array, Array]:

@@ -13,24 +13,25 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._curvature.curvature import Averages, Damping, Gradient, Solution, Sums, Tapped, cosine, safe_divide
+from eva_optax._curvature.one_factor import input_names
 from eva_optax._curvature.sums import paired_sums, stack_biases, write_columns
 from eva_optax._probes.fusion import materialize
 from eva_optax._probes.layers import Layer
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import SKETCH, Shape
+from eva_optax._probes.probe import Shape
 
 
 @dataclass(frozen=True)
 class OneSided(Tapped):
-    """The mean input of each layer; `whitening` chooses R instead of the inverse, `sketches` averages them too."""
+    """The mean input of each layer; `whitening` chooses R instead of the inverse, `moments` averages those too."""
 
     whitening: bool = False
     statistics: tuple[str, ...] = ("a",)
-    sketches: bool = False
+    moments: bool = False
 
     def averages(self, layer: Layer) -> dict[str, Shape]:
         """The mean input, and what is collected of the second moment where it is looked at."""
-        names = [*self.statistics, *(name for name in SKETCH if self.sketches and name in layer.shapes)]
+        names = input_names(layer) if self.moments else self.statistics
         return {name: layer.shapes[name] for name in names}
 
     def read(self, layout: Layout, gradients: Sequence[Gradient], averages: Averages) -> tuple[Sums, Array]:

@@ -97,6 +97,21 @@ class SketchAxes(NamedTuple):
         present = self.batch + self.inputs
         return jnp.transpose(moved, [0, *(1 + present.index(c) for c in order), moved.ndim - 1])
 
+    def by_batch(self, numbers: Array) -> Array:
+        """Numbers for a stack of layers, laid out against their kernels, as (stack, *batch)."""
+        return jnp.broadcast_to(numbers, (len(numbers), *self._batch_alone)).reshape(
+            len(numbers), *self.sizes(self.batch)
+        )
+
+    def against_kernel(self, numbers: Array) -> Array:
+        """Undoes it."""
+        return numbers.reshape(len(numbers), *self._batch_alone)
+
+    @property
+    def _batch_alone(self) -> Shape:
+        sizes = dict(zip(self.batch, self.sizes(self.batch), strict=True))
+        return tuple(sizes.get(letter, 1) for letter in self.kernel)
+
     def sizes(self, letters: str) -> Shape:
         """The sizes of some batch or input axes."""
         known = dict(zip((c for c in self.vectors if c != _VECTORS), self.shape, strict=True))

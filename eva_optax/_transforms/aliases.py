@@ -7,8 +7,7 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from eva_optax._curvature.curvature import Damping
-from eva_optax._transforms.changes import Whitened
+from eva_optax._transforms.changes import whitened
 from eva_optax._transforms.coordinates import in_coordinates
 from eva_optax._transforms.muon import scale_by_muon
 from eva_optax._transforms.options import check_decay, check_positive
@@ -80,7 +79,11 @@ def eva_adamw(
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     return optax.chain(
         in_coordinates(
-            "eva_adamw", lambda tree: adam, Whitened(Damping(damping, relative), every), decay, sketch_decay
+            "eva_adamw",
+            lambda tree: adam,
+            whitened(damping, relative, every),
+            decay,
+            sketch_decay,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -172,7 +175,7 @@ def eva_muon(
         adam_eps_root=adam_eps_root,
     )
     return optax.chain(
-        in_coordinates("eva_muon", muon, Whitened(Damping(damping, relative), every), decay, sketch_decay),
+        in_coordinates("eva_muon", muon, whitened(damping, relative, every), decay, sketch_decay),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -1,14 +1,22 @@
 """One step of the running averages: what is new of each layer enters them, and what is not finite does not."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from eva_optax._probes.fusion import materialize
-from eva_optax._probes.probe import OUTPUTS, STATISTICS
+from eva_optax._probes.probe import FACTORS, OUTPUTS, TRACE
 from eva_optax._probes.vectors import Scales
 
 Vectors = dict[str, Array]
+
+
+def has_weights(averages: Mapping[str, Any]) -> bool:
+    """Whether there are second moments among them, whose averages count how much went into them."""
+    return not averages.keys().isdisjoint((TRACE, *FACTORS))
 
 
 def update_moving_average(
@@ -28,9 +36,7 @@ def update_moving_average(
     weight = jnp.where(started == 0, 0, jnp.asarray(decay, started.dtype))
 
     def mixed(name: str) -> Array:
-        share = 1 - weight
-        if scales is not None:
-            share = share * (scales.mean if STATISTICS[name].of_input else scales.total)
+        share = 1 - weight if scales is None else (1 - weight) * _scale(scales, name)
         return weight * old[name] + share * new[name]
 
     return materialize({name: mixed(name) for name in old})
@@ -45,9 +51,12 @@ def update_weighted_average(
     """
     assert scales is not None  # second moments come from a tap
     share = 1 / (jnp.asarray(decay, weight.dtype) * weight + 1)
-    scale = {"a": scales.mean, "b": scales.total, OUTPUTS: scales.square}
-    factors = {name: scale.get(name, scales.moment) for name in old}
+    factors = {name: _scale(scales, name) for name in old}
     return materialize({name: old[name] + share * (factors[name] * new[name] - old[name]) for name in old})
+
+
+def _scale(scales: Scales, name: str) -> Array:
+    return {"a": scales.mean, "b": scales.total, OUTPUTS: scales.square}.get(name, scales.moment)
 
 
 def keep_finite(valid: Array, new: Vectors, old: Vectors) -> Vectors:

@@ -9,66 +9,74 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eva_optax._curvature.curvature import Damping, Gradient
+from eva_optax._curvature.kronecker import Inverse, Recipe, precondition
 from eva_optax._curvature.nystrom import Basis
+from eva_optax._curvature.one_factor import input_names, traces
 from eva_optax._curvature.one_sided import OneSided
-from eva_optax._curvature.sketched import change
 from eva_optax._curvature.sums import column_products, stack_biases
-from eva_optax._probes.layers import Tree
+from eva_optax._probes.layers import Layer, Tree
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import TRACE
+from eva_optax._probes.probe import DIAGONAL, FACTORS, INPUTS, TRACE
+from eva_optax._probes.sketch_axes import SketchAxes
 from eva_optax._probes.stacking import unstack
-from eva_optax._transforms.averages import Vectors
-from eva_optax._transforms.bases import has_sketches, renew, start_bases
-from eva_optax._transforms.driver import Part, Step
+from eva_optax._transforms.averages import Vectors, has_weights
+from eva_optax._transforms.driver import Part, Step, total_like
+from eva_optax._transforms.renewal import Source, renew_inverses, start_inverses
 from eva_optax._transforms.state import CenterState, ConjugateState, SketchState
+
+_ROOT = Recipe(power=-0.5)
 
 
 class Whitened(NamedTuple):
-    """Coordinates in which the mean input direction, or what a sketch knows, is whitened: R, there and back.
+    """Coordinates in which the mean input direction, or what is known beyond it, is whitened: R, there and back.
 
     Attributes:
       damping: of the one direction, and of second moments.
-      every: how many steps the coordinates of a sketch are kept.
+      every: how many steps the coordinates of second moments are kept.
     """
 
     damping: Damping
     every: ArrayLike
 
-    curvature = OneSided(whitening=True, sketches=True)
+    curvature = OneSided(whitening=True, moments=True)
 
     def state(self, tree: Tree) -> type[ConjugateState | SketchState]:
         """The type of the state for a tree of parameters or gradients."""
-        return SketchState if has_sketches(tree) else ConjugateState
+        return SketchState if any(map(has_moment, tree.layers)) else ConjugateState
 
     def start(self, tree: Tree) -> tuple[Any, ...]:
         """What the state holds beside averages."""
-        return (jnp.zeros((), jnp.int32), start_bases(tree)) if has_sketches(tree) else ()
+        layers = list(filter(has_moment, tree.layers))
+        return (jnp.zeros((), jnp.int32), start_inverses(_ROOT, tree, layers, input_names)) if layers else ()
 
     def renew(
         self, step: Step, averages: list[Vectors], valid: list[Array], state: Any
     ) -> tuple[tuple[Any, ...], list[Any]]:
-        """What the state holds after a step, and for each part the coordinates of its sketches, if it has any."""
+        """What the state holds after a step, and for each part the roots of its second moments, if it has any."""
+        roots: list[list[Inverse]] = [[] for _ in step.parts]
         if not isinstance(state, SketchState):
-            return (), [[] for _ in step.parts]
-        started = [good | (part.scalars.started > 0) for part, good in zip(step.parts, valid, strict=True)]
-        parts = list(zip(step.parts, averages, started, strict=True))
-        chosen = renew(state.bases, parts, self.damping, state.count, self.every)
-        bases = {
-            layer.name: basis
-            for part, made in zip(step.parts, chosen, strict=True)
-            for layer, basis in zip(part.bucket.layers, made, strict=bool(made))
+            return (), roots
+        sources = {
+            index: Source(part, kept, good | (part.scalars.started > 0), self.damping)
+            for index, (part, kept, good) in enumerate(zip(step.parts, averages, valid, strict=True))
+            if has_moment(part.bucket.layers[0])
         }
-        return (jnp.asarray(optax.safe_increment(state.count)), bases), chosen
+        made, _ = renew_inverses(_ROOT, state.bases, list(sources.values()), state.count, self.every)
+        bases = {}
+        for (index, source), each in zip(sources.items(), made, strict=True):
+            roots[index] = each
+            bases |= {layer.name: root for layer, root in zip(source.part.bucket.layers, each, strict=True)}
+        return (jnp.asarray(optax.safe_increment(state.count)), bases), roots
 
-    def forward(self, part: Part, averages: Vectors, bases: list[Basis]) -> tuple[list[Gradient], Any, Array, Array]:
+    def forward(self, part: Part, averages: Vectors, roots: list[Inverse]) -> tuple[list[Gradient], Any, Array, Array]:
         """R G of each layer, what `back` needs, the cosine of G and the mean input, and ⟨G, G⟩."""
         layout = part.bucket.layout
-        if bases:
-            explained = jnp.stack([basis.explained for basis in bases])
-            shape = jnp.broadcast_shapes(part.used.shape, averages[TRACE].shape)
+        if roots:
+            explained = jnp.stack([_explained(root)[..., 0, 0] for root in roots])
             gg = jnp.stack([jnp.sum(gradient.kernel**2) for gradient in part.gradients])
             gg = gg.reshape(-1, *(1,) * (part.used.ndim - 1))
-            return change(layout, part.gradients, bases), bases, explained.reshape(shape), gg
+            changed = [precondition(layout, g, root) for g, root in zip(part.gradients, roots, strict=True)]
+            return changed, roots, SketchAxes.of(layout).against_kernel(explained), gg
         sums, along = self.curvature.read(layout, part.gradients, averages)
         solution = self.curvature.solve(sums, self.damping)
         # The identity where the product is not finite, so that what broke it passes as it is.
@@ -80,9 +88,19 @@ class Whitened(NamedTuple):
     def back(self, layout: Layout, updates: list[Gradient], averages: Vectors, carried: Any) -> list[Gradient]:
         """R times each update."""
         if isinstance(carried, list):
-            return change(layout, updates, carried)
+            return [precondition(layout, update, root) for update, root in zip(updates, carried, strict=True)]
         along = column_products(layout, updates, averages["a"])
         return self.curvature.write(layout, updates, averages, along, carried)
+
+
+def whitened(damping: ArrayLike, relative: bool, every: ArrayLike) -> Whitened:
+    """These coordinates, by the options that users give. Absolute damping γ makes R = (I + A/γ)^(−½)."""
+    return Whitened(Damping(damping, relative, keep_scale=True), every)
+
+
+def _explained(root: Inverse) -> Array:
+    """The share of the inputs' mean square in the directions that are told apart."""
+    return root.inputs.explained if isinstance(root.inputs, Basis) else jnp.ones_like(root.condition)
 
 
 class Centred:
@@ -123,10 +141,17 @@ class Centred:
         ]
 
 
+def has_moment(layer: Layer) -> bool:
+    """Whether a tap collects the second moment of the layer's input, or its trace at least."""
+    return any(name in layer.shapes for name in (TRACE, INPUTS, DIAGONAL))
+
+
 def is_valid(part: Part) -> Array:
-    """Which layers were used, and have finite statistics."""
-    if TRACE not in part.new:
-        return part.used & jnp.isfinite(part.bucket.layout.total(part.new["a"] ** 2))
-    axes = [axis for axis, size in enumerate(part.used.shape) if axis > 0 and size == 1]
-    finite = [jnp.isfinite(jnp.sum(jnp.square(average), axes, keepdims=True)) for average in part.new.values()]
-    return part.used & reduce(jnp.logical_and, finite)
+    """Which layers were used, have their matrices, and have finite statistics."""
+    layout, vectors = part.bucket.layout, [average for name, average in part.new.items() if name not in FACTORS]
+    if has_weights(part.new):  # what has one weight is valid as one
+        parts = [*map(jnp.square, vectors), *traces(layout, part.new)]
+        sums = [total_like(part.used, number) for number in parts]
+    else:
+        sums = [layout.total(jnp.square(vector)) for vector in vectors]
+    return reduce(jnp.logical_and, map(jnp.isfinite, sums), part.formed)

@@ -8,8 +8,8 @@ import numpy as np
 from jax.core import Tracer
 
 from eva_optax._probes.probe import COUNTER
-from eva_optax._transforms.diagnostics import averages_by_layer, find_states
-from eva_optax._transforms.state import ConjugateState, ScaleByEvaState, SketchState
+from eva_optax._transforms.diagnostics import State, averages_by_layer, find_states
+from eva_optax._transforms.state import ShampooState
 from eva_optax._transforms.untapped import UNTAPPED
 
 _MOST_NAMES = 5
@@ -30,8 +30,8 @@ def check(state: Any) -> None:
     untapped=0)`` starts anew; to live with some skipped steps, log `diagnostics` instead.
 
     Args:
-      state: an optimizer's state with a `ScaleByEvaState`, `ConjugateState` or `SketchState` anywhere in it: of
-        `chain`, `MultiSteps`, `inject_hyperparams`, a `TrainState`, an `nnx.Optimizer`.
+      state: an optimizer's state with a state of this library anywhere in it: of `chain`, `MultiSteps`,
+        `inject_hyperparams`, a `TrainState`, an `nnx.Optimizer`.
 
     Returns:
       None.
@@ -55,12 +55,13 @@ def check(state: Any) -> None:
       eva_optax.check: in 1 step, tapped layers had gradients, but no layer had ve
     """
     for found in find_states("check", state):
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((found.skipped, found.untapped))):
+        counters = found.skipped, 0 if isinstance(found, ShampooState) else found.untapped
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(counters)):
             raise ValueError(
                 "eva_optax.check: the state is traced, and its numbers are not known yet. Call it outside of jit, on "
                 "the state that the step returns; inside, eva_optax.diagnostics(state) gives the same counters."
             )
-        skipped, untapped = (_total(counter) for counter in (found.skipped, found.untapped))
+        skipped, untapped = map(_total, counters)
         if untapped:
             steps = "1 step" if untapped == 1 else f"{untapped} steps"
             raise ValueError(f"eva_optax.check: in {steps}, {UNTAPPED}")
@@ -73,19 +74,25 @@ def _total(counter: Any) -> int:
     return sum(int(np.sum(jax.device_get(leaf))) for leaf in jax.tree.leaves(counter))
 
 
-def _skipped_message(state: ScaleByEvaState | ConjugateState | SketchState, skipped: int) -> str:
+def _skipped_message(state: State, skipped: int) -> str:
+    if isinstance(state, ShampooState):
+        return (
+            f"eva_optax.check: {skipped} times a gradient or the roots of a block were not finite. Look for gradients "
+            "that are NaN, or whose squares overflow; if all of them are finite, raise epsilon."
+        )
     names = list(_never_averaged(state))
     shown = ", ".join(map(repr, names[:_MOST_NAMES])) + (", …" if len(names) > _MOST_NAMES else "")
     return (
         f"eva_optax.check: layers were skipped {skipped} times, because their vectors or the squares of these were not "
-        "finite, or because something scaled the entries of their probes' gradients each for itself. "
+        "finite, because their factors could not be inverted, or because something scaled the entries of their probes' "
+        "gradients each for itself. "
         + (f"These layers never had an average: {shown}. " if names else "All layers had an average at some time. ")
         + "Look for activations that overflow or are NaN, and for what changes gradients before Eva: it comes first in "
         "a chain, before Adam, signs and noise. In the latter case an update outside of jit names the layer."
     )
 
 
-def _never_averaged(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[str]:
+def _never_averaged(state: Any) -> Iterator[str]:
     """The names of the layers that have no average in a state."""
     layers, names = averages_by_layer(state)
     (scalars,) = jax.device_get(jax.tree.leaves(state.scalars))

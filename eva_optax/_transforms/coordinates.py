@@ -8,10 +8,10 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
-from eva_optax._curvature.curvature import Damping, Gradient
+from eva_optax._curvature.curvature import Gradient
 from eva_optax._probes.layers import take_apart
 from eva_optax._transforms.averages import keep_finite
-from eva_optax._transforms.changes import Centred, Whitened, is_valid
+from eva_optax._transforms.changes import Centred, Whitened, is_valid, whitened
 from eva_optax._transforms.driver import observe, start
 from eva_optax._transforms.hidden_probes import hide_places, hide_probes, put_probes_back
 from eva_optax._transforms.options import check_decay, check_positive
@@ -90,7 +90,11 @@ def conjugate(
     check_decay("conjugate", sketch_decay)
     check_positive("conjugate", every=every)
     return in_coordinates(
-        "conjugate", lambda tree: inner, Whitened(Damping(damping, relative), every), decay, sketch_decay
+        "conjugate",
+        lambda tree: inner,
+        whitened(damping, relative, every),
+        decay,
+        sketch_decay,
     )
 
 
@@ -145,7 +149,7 @@ def in_coordinates(
     inner_of: Callable[[Any], optax.GradientTransformation],
     coordinates: Whitened | Centred,
     decay: ArrayLike,
-    sketch_decay: ArrayLike = 0.0,
+    sketch_decay: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Takes gradients forward, runs an inner transformation on the tree without probes, and takes its updates back.
 
@@ -175,7 +179,7 @@ def in_coordinates(
             changed, carry, cosine, gg = coordinates.forward(part, kept, basis)
             for layer, gradient in zip(part.bucket.layers, changed, strict=True):
                 layer.place(*gradient, leaves)
-            ends.append(part.settle(kept, good, part.used & ~good, cosine, gg, sketch_decay))
+            ends.append(part.settle(kept, good, part.formed & ~good, cosine, gg))
             carried.append(carry)
         inner = optax.with_extra_args_support(inner_of(updates))
         hidden = None if params is None else hide_probes(params)

@@ -1,7 +1,7 @@
 """What an optimizer's state says about training, as a flat dict to log."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,19 @@ from jax import Array
 
 from eva_optax._probes.layers import layer_names, take_apart
 from eva_optax._probes.layout import find_stacked
-from eva_optax._probes.probe import COUNTER, MOMENT, TRACE, Path, is_probe
+from eva_optax._probes.probe import COUNTER, FACTORS, MOMENT, TRACE, Path, is_probe, statistic_of
+from eva_optax._transforms.averages import has_weights
 from eva_optax._transforms.kept import Scalars
-from eva_optax._transforms.state import CenterState, ConjugateState, ScaleByEvaState, SketchState
+from eva_optax._transforms.state import (
+    CenterState,
+    ConjugateState,
+    ScaleByEvaState,
+    ScaleByKfacState,
+    ShampooState,
+    SketchState,
+)
+
+State = ScaleByEvaState | ConjugateState | SketchState | ScaleByKfacState | ShampooState
 
 
 def diagnostics(state: Any) -> dict[str, Array]:
@@ -30,14 +40,21 @@ def diagnostics(state: Any) -> dict[str, Array]:
     "<kernel>/norm"      ‖V‖ (`scale_by_eva_s`)
     "<layer>/trace"      the mean square of the layer's inputs, where the model is tapped with a rank
     "<layer>/explained"  the share of it that lies in the directions of the sketch (`conjugate`)
+    "<layer>/condition"  the condition number of what its gradient is multiplied by, when that was made
+                         (`scale_by_foof`, `scale_by_kfac`, `conjugate` for second moments); of inverses in the 1-norm
+    "<layer>/residual"   its residual then, along one vector: from 0.1 on it is not used, and the old one is kept
+    "<layer>/age"        steps since then
+    "<name>/condition"   the largest condition number that a parameter's roots were made of (`scale_by_shampoo`)
+    "<name>/age"         for how many steps its oldest roots are kept
     ===================  ===============================================================================================
 
-    Cosines come from sums that the update takes anyway, norms from the averages in the state. A scanned layer has one
-    entry for each of its layers, "<layer>[2]/cosine"; groups of a convolution are averaged.
+    Cosines come from sums that the update takes anyway, norms from the averages in the state; with `scale_by_foof` and
+    `scale_by_kfac` they are those of gradient and update. A scanned layer has one entry for each of its layers,
+    "<layer>[2]/cosine"; groups of a convolution are averaged. Of condition, residual and age there is one, the largest.
 
     Args:
-      state: an optimizer's state with a `ScaleByEvaState`, `ConjugateState` or `SketchState` anywhere in it, or an
-        `nnx.Optimizer`. Where there are several, the keys begin with "0/", "1/", in their order.
+      state: an optimizer's state with a state of this library anywhere in it, or an `nnx.Optimizer`. Where there are
+        several, the keys begin with "0/", "1/", in their order.
 
     Returns:
       Scalars by name. Works under `jit` too; `jax.device_get` makes numbers of them.
@@ -63,7 +80,7 @@ def diagnostics(state: Any) -> dict[str, Array]:
     return {f"{index}/{name}": value for index, part in enumerate(states) for name, value in _report(part)}
 
 
-def find_states(caller: str, tree: Any) -> list[ScaleByEvaState | ConjugateState | SketchState]:
+def find_states(caller: str, tree: Any) -> list[State]:
     """The states of this library in `tree`, also inside one another, in their order.
 
     Raises:
@@ -71,17 +88,18 @@ def find_states(caller: str, tree: Any) -> list[ScaleByEvaState | ConjugateState
     """
     found = list(_find(tree))
     if not found:
+        *names, last = (kind.__name__ for kind in get_args(State))
         raise ValueError(
-            f"eva_optax.{caller}: there is no ScaleByEvaState, ConjugateState or SketchState in the state of type "
+            f"eva_optax.{caller}: there is no {', '.join(names)} or {last} in the state of type "
             f"{type(tree).__name__}. Give it the state of an optimizer that has a transformation of eva_optax in it."
         )
     return found
 
 
-def _find(tree: Any) -> Iterator[ScaleByEvaState | ConjugateState | SketchState]:
+def _find(tree: Any) -> Iterator[State]:
 
     def ours(node: Any) -> bool:
-        return isinstance(node, ScaleByEvaState | ConjugateState | SketchState)
+        return isinstance(node, State)
 
     for node in jax.tree.leaves(tree, is_leaf=ours):
         if ours(node):
@@ -92,8 +110,8 @@ def _find(tree: Any) -> Iterator[ScaleByEvaState | ConjugateState | SketchState]
 
 def _unboxed(state: Any) -> Any:
     """A state whose single arrays are without the boxes that an optimizer of NNX puts around them."""
-    single = {name for name in state._fields if name not in ("vectors", "inner", "bases")}
-    return state._replace(**{name: jax.tree.leaves(getattr(state, name))[0] for name in single})
+    trees = ("vectors", "inner", "bases", "inverses", "statistics", "roots", "second_moments", "means")
+    return state._replace(**{n: jax.tree.leaves(getattr(state, n))[0] for n in state._fields if n not in trees})
 
 
 def averages_by_layer(state: Any) -> tuple[dict[Path, dict[str, Array]], dict[Path, str]]:
@@ -101,12 +119,15 @@ def averages_by_layer(state: Any) -> tuple[dict[Path, dict[str, Array]], dict[Pa
     layers: dict[Path, dict[str, Array]] = {}
     for path, leaf in take_apart(state.vectors).items():
         place, name = (path[:-1], path[-1]) if is_probe(path) else (path, "means")
-        layers.setdefault(place, {})[name] = leaf
+        layers.setdefault(place, {})[statistic_of(name)] = leaf
     return layers, layer_names(path for path in layers if is_probe(path))
 
 
-def _report(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[tuple[str, Array]]:
-    if isinstance(state, ScaleByEvaState):
+def _report(state: State) -> Iterator[tuple[str, Array]]:
+    if isinstance(state, ShampooState):
+        yield from _report_roots(state)
+        return
+    if isinstance(state, ScaleByEvaState | ScaleByKfacState):
         yield "nu", state.nu
     yield "skipped", state.skipped
     yield "untapped", state.untapped
@@ -129,7 +150,7 @@ def _report(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[t
         for index, position in enumerate(np.ndindex(*sizes)):
             key = f"{names[path]}[{','.join(map(str, position))}]" if stacked else names[path]
             for name, average in averages.items():
-                if name == MOMENT:
+                if name in (MOMENT, *FACTORS):
                     continue
                 chosen = dict(zip([axis for _, axis in stacked], position, strict=True))
                 part = average[tuple(chosen.get(axis, slice(None)) for axis in range(average.ndim))]
@@ -138,5 +159,21 @@ def _report(state: ScaleByEvaState | ConjugateState | SketchState) -> Iterator[t
                 else:
                     yield f"{key}/norm_{name}".removeprefix("/"), jnp.linalg.norm(part.ravel())
             if not isinstance(state, CenterState):
-                share = "explained" if TRACE in averages else "cosine"
-                yield f"{key}/{share}".removeprefix("/"), cosine[index]
+                whitened = isinstance(state, SketchState) and has_weights(averages)
+                yield f"{key}/{'explained' if whitened else 'cosine'}".removeprefix("/"), cosine[index]
+    held = state.inverses if isinstance(state, ScaleByKfacState) else getattr(state, "bases", {})
+    for name, inverse in held.items():
+        for figure in ("condition", "residual", "age"):
+            yield f"{name}/{figure}".removeprefix("/"), jnp.max(jax.tree.leaves(getattr(inverse, figure))[0])
+
+
+def _report_roots(state: ShampooState) -> Iterator[tuple[str, Array]]:
+    yield "skipped", state.skipped
+    for name, regions in state.roots.items():
+        if regions:
+            conditions, steps = (
+                jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves([getattr(root, field) for root in regions])])
+                for field in ("condition", "step")
+            )
+            yield f"{name}/condition", jnp.max(conditions)
+            yield f"{name}/age", state.count - jnp.min(steps)

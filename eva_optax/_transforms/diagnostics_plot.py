@@ -20,6 +20,9 @@ _TITLES = {
     "norm_b": "norm of the summed cotangent ‖b‖",
     "norm": "norm of the means ‖V‖",
     "trace": "mean square of the inputs",
+    "condition": "condition number",
+    "residual": "residual of the inverse",
+    "age": "steps since inverses and roots were made",
 }
 _OF_ALL_LAYERS = ("nu", "skipped", "untapped")
 _MOST_IN_LEGEND = 10

@@ -12,13 +12,20 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from eva_optax._curvature.curvature import Curvature, Damping, Gradient, Solution
+from eva_optax._curvature.curvature import Curvature, Damping, Gradient, Solution, Statistics
+from eva_optax._curvature.one_factor import traces
 from eva_optax._probes.layers import Layer, Tree, take_apart
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import TRACE, is_probe
+from eva_optax._probes.probe import is_probe
 from eva_optax._probes.stacking import stack, unstack
 from eva_optax._probes.vectors import Scales
-from eva_optax._transforms.averages import Vectors, keep_finite, update_moving_average, update_weighted_average
+from eva_optax._transforms.averages import (
+    Vectors,
+    has_weights,
+    keep_finite,
+    update_moving_average,
+    update_weighted_average,
+)
 from eva_optax._transforms.buckets import Bucket, fill_buckets
 from eva_optax._transforms.centralized import are_centralized
 from eva_optax._transforms.kept import End, Kept, Scalars, start_state
@@ -73,7 +80,7 @@ def precondition(
     return optax.GradientTransformation(init, update)
 
 
-def start(caller: str, curvature: Curvature, params: Any) -> tuple[Any, Array, Array, Array]:
+def start(caller: str, curvature: Statistics, params: Any) -> tuple[Any, Array, Array, Array]:
     """`start_state` of a curvature, for its layers; `params` may hold shapes instead of arrays."""
     tree = take_apart(params)
     check_nested(caller, tree)
@@ -83,7 +90,7 @@ def start(caller: str, curvature: Curvature, params: Any) -> tuple[Any, Array, A
     return start_state(tree, _layers(curvature, tree), curvature)
 
 
-def _layers(curvature: Curvature, tree: Tree) -> Sequence[Layer]:
+def _layers(curvature: Statistics, tree: Tree) -> Sequence[Layer]:
     """The tapped layers; for a curvature that needs no tap each matrix and tensor that is no probe."""
     if curvature.statistics:
         return tree.layers
@@ -103,6 +110,8 @@ class Part(NamedTuple):
       old: the averages before the step.
       new: with this step's statistics taken in; without meaning where they are not valid.
       used: whether each layer was used.
+      formed: whether its matrices, if it has any, were formed in this step: a flag may leave them out.
+      weight: that of the averages after the step, where it counts.
       scalars: what the state held.
     """
 
@@ -111,14 +120,13 @@ class Part(NamedTuple):
     old: Vectors
     new: Vectors
     used: Array
+    formed: Array
+    weight: ArrayLike
     scalars: Scalars
 
-    def settle(
-        self, averages: Vectors, valid: Array, skipped: Array, cosine: Array, gg: Array, sketch_decay: ArrayLike = 0.0
-    ) -> End:
+    def settle(self, averages: Vectors, valid: Array, skipped: Array, cosine: Array, gg: Array) -> End:
         """Ends the step, once it is known what is valid and what was skipped; `gg` is 0 without a gradient."""
-        weight = sketch_decay * self.scalars.started + 1 if TRACE in averages else 1
-        started = jnp.where(valid, weight, self.scalars.started).astype(cosine.dtype)
+        started = jnp.where(valid, self.weight, self.scalars.started).astype(cosine.dtype)
         unseen = ~self.used & (gg != 0)
         if started.shape != cosine.shape:  # what is counted as one
             valid, started, skipped = (jnp.broadcast_to(part, cosine.shape) for part in (valid, started, skipped))
@@ -135,11 +143,11 @@ class Step(NamedTuple):
 
 
 def observe(
-    caller: str, curvature: Curvature, tree: Tree, state: Any, decay: ArrayLike, sketch_decay: ArrayLike = 0.0
+    caller: str, curvature: Statistics, tree: Tree, state: Any, decay: ArrayLike, moment_decay: ArrayLike | None = None
 ) -> Step:
     """Finds the layers of a tree of gradients, and takes their statistics into the running averages.
 
-    Second moments, and what belongs to them, have a decay of their own.
+    Second moments, and what belongs to them, have a decay of their own, and weights; if it is None, they have not.
 
     Raises:
       ValueError: if there are none, or the state does not fit.
@@ -158,16 +166,26 @@ def observe(
             observed = [curvature.observe(gradient) for gradient in gradients]
             of_step = {name: stack([each[name] for each in observed]) for name in old}
         used = jnp.ones_like(scalars.started, bool) if scale is None else scale.used
-        if TRACE in old:
-            averages = update_weighted_average(of_step, old, scalars.started, scale, sketch_decay)
+        weight: ArrayLike = 1
+        if moment_decay is not None and has_weights(old):
+            averages = update_weighted_average(of_step, old, scalars.started, scale, moment_decay)
+            weight = moment_decay * scalars.started + 1
         else:
             averages = update_moving_average(of_step, old, scalars.started, scale, decay)
-        parts.append(Part(bucket, gradients, old, averages, used, scalars))
+        formed = used
+        for trace in traces(bucket.layout, {name: of_step[name] for name in old}):
+            formed = formed & (total_like(used, trace) != 0)
+        parts.append(Part(bucket, gradients, old, averages, used, formed, weight, scalars))
     return Step(tree, parts, kept)
 
 
+def total_like(used: Array, numbers: Array) -> Array:
+    """Numbers summed over the axes along which it is not told apart which layers were used."""
+    return jnp.sum(numbers, [axis for axis, size in enumerate(used.shape) if axis > 0 and size == 1], keepdims=True)
+
+
 def _statistics(
-    caller: str, curvature: Curvature, buckets: Sequence[Bucket], tree: Tree
+    caller: str, curvature: Statistics, buckets: Sequence[Bucket], tree: Tree
 ) -> tuple[list[Vectors], list[Scales | None]]:
     """What the probes of each bucket received, and what it has to be multiplied by; nothing without a tap."""
     if not curvature.statistics:

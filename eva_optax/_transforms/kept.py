@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from eva_optax._curvature.curvature import Curvature
+from eva_optax._curvature.curvature import Statistics
 from eva_optax._probes.layers import Layer, Tree, take_apart
 from eva_optax._probes.layout import Layout
 from eva_optax._probes.probe import COUNTER, Path, Shape, accumulator
@@ -56,7 +56,7 @@ class End(NamedTuple):
     unseen: Array
 
 
-def start_state(tree: Tree, layers: Sequence[Layer], curvature: Curvature) -> tuple[Any, Array, Array, Array]:
+def start_state(tree: Tree, layers: Sequence[Layer], curvature: Statistics) -> tuple[Any, Array, Array, Array]:
     """Averages, scalars, and the numbers of skipped layers and untapped steps, before the first step."""
     leaves: list[Any] = [optax.MaskedNode() for _ in tree.leaves]
     dtype = jnp.result_type(jnp.float32)
@@ -107,7 +107,7 @@ class Kept(NamedTuple):
     untapped: Array
 
     @classmethod
-    def read(cls, caller: str, state: Any, tree: Tree, layers: Sequence[Layer], curvature: Curvature) -> Self:
+    def read(cls, caller: str, state: Any, tree: Tree, layers: Sequence[Layer], curvature: Statistics) -> Self:
         """Takes a state apart.
 
         Raises:

@@ -35,12 +35,12 @@ def _check_number(caller: str, name: str, value: Any) -> None:
         )
 
 
-def check_decay(caller: str, decay: ArrayLike) -> None:
+def check_decay(caller: str, decay: ArrayLike, name: str = "decay") -> None:
     """Raises ValueError for a decay that is no number, or outside of [0, 1)."""
-    _check_number(caller, "decay", decay)
+    _check_number(caller, name, decay)
     if isinstance(decay, int | float) and not 0 <= decay < 1:
         raise ValueError(
-            f"eva_optax.{caller}: decay must lie in [0, 1), got {decay}. It is the weight of the old average; the "
+            f"eva_optax.{caller}: {name} must lie in [0, 1), got {decay}. It is the weight of the old average; the "
             "reference code's factor_decay is the weight of the new value, 1 - decay."
         )
 

@@ -52,17 +52,17 @@ class CenterState(ConjugateState):
 
 
 class SketchState(NamedTuple):
-    """State of `conjugate` for a model that is tapped with a `rank`.
+    """State of `conjugate` for a model that is tapped with a `rank`, or for `factors`.
 
     Attributes:
-      vectors: the running averages: `a`, and of the second moments the sketches `y` and the traces `s`.
+      vectors: the running averages: `a`, and of the second moments the sketches `y` and the traces `s`, or all of `A`.
       scalars: as in `ScaleByEvaState`; the first number of a layer is the weight of its averages, the second the
-        share of its inputs' mean square that lies in the directions of its sketch.
+        share of its inputs' mean square that lies in the directions of its sketch, 1 for all of `A`.
       skipped: as in `ConjugateState`.
       untapped: as in `ConjugateState`.
       inner: as in `ConjugateState`.
       count: steps taken, int32 scalar.
-      bases: the coordinates that are whitened in each layer with a sketch, by its name.
+      bases: R of each layer with a second moment, by its name.
     """
 
     vectors: Any
@@ -74,7 +74,54 @@ class SketchState(NamedTuple):
     bases: dict[str, Any]
 
 
-for _state in (ScaleByEvaState, ConjugateState, CenterState, SketchState):
+class ScaleByKfacState(NamedTuple):
+    """State of `scale_by_foof` and `scale_by_kfac`.
+
+    Attributes:
+      count: steps taken, int32 scalar.
+      vectors: the running averages, shaped like the parameters: each probe holds `A` and `B` as its tap collects them,
+        the mean input `a`, and `b` where there is no `B`. Everything else is an `optax.MaskedNode`.
+      scalars: as in `ScaleByEvaState`; the first number of a layer is the weight of its averages, the second the cosine
+        of its gradient and its update.
+      skipped: how many times a layer's statistics were not finite, or its inverse could not be made anew, int32 scalar.
+      untapped: as in `ScaleByEvaState`.
+      nu: the last step-size factor ν, float scalar.
+      inverses: what each layer's gradient is multiplied by, by its name, with its condition number, residual and age.
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    vectors: Any
+    scalars: Array
+    skipped: Array
+    untapped: Array
+    nu: Array
+    inverses: dict[str, Any]
+
+
+class ShampooState(NamedTuple):
+    """State of `scale_by_shampoo`.
+
+    Attributes:
+      count: steps taken, int32 scalar.
+      observed: how many gradients of each parameter were taken in, int32; probes are none.
+      statistics: by the parameter's name, for each kind of block the sums or averages L of each axis, (count, n, n).
+      roots: by the parameter's name, for each kind of block its R of each axis, `matrices`, the largest `condition`
+        number of the matrices that these are roots of, and the `step` in which they were made.
+      second_moments: averages of squared gradients, shaped like the parameters; () unless "rms" or "adam" is grafted.
+      means: averages of gradients, shaped like the parameters; () for b1 = 0.
+      skipped: how many gradients and roots were not finite, int32 scalar.
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    observed: Array
+    statistics: Any
+    roots: Any
+    second_moments: Any
+    means: Any
+    skipped: Array
+
+
+for _state in (ScaleByEvaState, ConjugateState, CenterState, SketchState, ScaleByKfacState, ShampooState):
     _state.__module__ = "eva_optax"
 
 

@@ -39,9 +39,11 @@ def root(
     with jax.enable_x64(True):
         sketch = None if omega is None else jnp.asarray(a_matrix @ omega)
         given = None if omega is None else jnp.asarray(omega)
-        basis = whiten(sketch, given, jnp.asarray(a), jnp.trace(a_matrix), bias, Damping(DELTA, relative))
-    v = np.asarray(basis.kernel) if basis.bias is None else np.concatenate([basis.kernel, basis.bias[None]])
-    return float(basis.scale) * (np.eye(len(v)) - v @ v.T)
+        trace = jnp.trace(a_matrix)
+        damped = Damping(DELTA, relative, keep_scale=True).shift_and_floor((trace + bias) / (len(a) + bias))
+        basis = whiten(sketch, given, jnp.asarray(a), trace, *damped, has_bias=bias)
+    v = np.asarray(basis.kernel) if basis.bias is None else np.concatenate([basis.kernel, basis.bias])
+    return float(basis.scale[0, 0]) * (np.eye(len(v)) - v @ v.T)
 
 
 def orthonormal(rank: int) -> np.ndarray:
@@ -97,16 +99,11 @@ def test_in_float32_a_steep_spectrum_is_whitened_as_in_float64():
     basis = np.linalg.qr(rng.normal(size=(200, 200)))[0]
     matrix = basis * 10.0 ** -np.linspace(0, 8, 200) @ basis.T
     omega = np.linalg.qr(rng.normal(size=(200, 16)))[0]
-    found = [
-        whiten(
-            *(jnp.asarray(part, dtype) for part in (matrix @ omega, omega, np.zeros(200), np.trace(matrix))),
-            False,
-            Damping(DELTA, True),
-        )
-        for dtype in (jnp.float32,)
-    ]
-    v = np.asarray(found[0].kernel, float)
-    got = float(found[0].scale) * (np.eye(200) - v @ v.T)
+    damped = Damping(DELTA, True).shift_and_floor(jnp.trace(matrix) / 200)
+    given = matrix @ omega, omega, np.zeros(200), np.trace(matrix), *damped
+    found = whiten(*(jnp.asarray(part, jnp.float32) for part in given), has_bias=False)
+    v = np.asarray(found.kernel, float)
+    got = float(found.scale[0, 0]) * (np.eye(200) - v @ v.T)
     exact = matrix @ omega
     values, vectors = np.linalg.eigh(exact @ np.linalg.solve(omega.T @ exact, exact.T))
     rest = (np.trace(matrix) - values.sum()) / (200 - 16)

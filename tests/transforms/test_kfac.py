@@ -1,0 +1,330 @@
+"""`scale_by_kfac` and `kfac`: the numbers of public code, cases that are exact, faults, and Optax's citizens."""
+
+import re
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import serialization
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import eva_optax
+from tests.helpers import assert_identical
+from tests.transforms.test_foof import Two, X, assert_equal, first_updates, gradient, gradient_of
+from tests.transforms.test_reference import Network, assert_close, layer_names, opened, parameters, to_flax
+
+
+def loss_of(model: Any, params: Any, x: Any, y: Any) -> jax.Array:
+    output = model.apply({"params": params}, x)
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        return optax.softmax_cross_entropy_with_integer_labels(output, y).mean()
+    return jnp.mean(jnp.square(output - y))
+
+
+def replay(file: Any, tx: Any, model: Any) -> Any:
+    """The gradients, updates and states of each step, from the parameters that the file holds."""
+    params = eva_optax.attach(model, parameters(file, 0), file["x"][0].astype(float))
+
+    @jax.jit
+    def step(params: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any]:
+        grads = jax.grad(partial(loss_of, model))(params, x, y)
+        return tx.update(grads, state, params)
+
+    state = tx.init(params)
+    for index in range(int(file["num_steps"])):
+        held = parameters(file, index)
+        params = {key: {**params[key], **held[key]} for key in held}
+        x, y = file["x"][index].astype(float), file["y"][index]
+        updates, state = step(params, state, x, y if y.dtype == np.int32 else y.astype(float))
+        yield index, params, updates, state
+
+
+def test_kfac_alias_reproduces_training():
+    """The authors' units, averages, clip and momentum; without the damping that their code adds again and again."""
+    with opened("kfac_mlp_nodrift") as file:
+        rates = jnp.asarray(file["lr"])
+        tx = eva_optax.kfac(
+            lambda step: rates[step],
+            float(file["damping"]),
+            decay=1 - float(file["factor_decay"]),
+            kl_clip=float(file["kl_clip"]),
+            batch_size=int(file["batch_size"]),
+        )
+        model = eva_optax.tap(Network(file), factors="both", sharing="reduce")
+        for index, params, updates, (state, *_) in replay(file, tx, model):
+            assert_close(state.nu, file["nu"][index])
+            for key in layer_names(file):
+                weight, bias = (params[key][name] + updates[key][name] for name in ("kernel", "bias"))
+                assert_close(weight, to_flax(file[f"{key}.weight"][index]))
+                assert_close(bias, file[f"{key}.bias"][index])
+    with opened("kfac_mlp") as drifting:
+        # Their first step is ours, and the drift is the whole difference: in the second it is there.
+        for index, params, updates, _ in replay(drifting, tx, model):
+            error = params["layer0"]["kernel"] + updates["layer0"]["kernel"] - to_flax(drifting["layer0.weight"][index])
+            assert (np.abs(error).max() < 1e-12) == (index == 0)
+
+
+@pytest.mark.parametrize(("name", "sharing"), [("kfax_mlp_mse", "expand"), ("kfax_seq_mse", "reduce")])
+def test_updates_are_those_of_curvlinops(name, sharing):
+    """Their factor of the empirical Fisher matrix is ours times the outputs, and times the terms of a sample."""
+    with opened(name) as file:
+        scale, x = float(file["out_features"] * file["loss_terms"]), file["x"].astype(float)
+        model = eva_optax.tap(Network(file), factors="both", sharing=sharing)
+        params = eva_optax.attach(model, parameters(file, 0), x[0])
+        kinds = {"exact": "eigen", "pi": "pi"}
+        damping = float(file["damping"]) / scale
+        made = [eva_optax.scale_by_kfac(damping, relative=False, split=split) for split in kinds.values()]
+
+        @jax.jit
+        def step(params: Any, x: Any, y: Any) -> list[Any]:
+            grads = jax.grad(partial(loss_of, model))(params, x, y)
+            return [tx.update(grads, tx.init(params))[0] for tx in made]
+
+        for index in (0, 5):
+            held = parameters(file, index)
+            params = {key: {**params[key], **held[key]} for key in held}
+            for kind, updates in zip(kinds, step(params, x[index], file["y"][index].astype(float)), strict=True):
+                for key in layer_names(file):
+                    wanted = scale * file[f"{key}.V_{sharing[:3]}_emp_{kind}"][index].T
+                    assert_close(updates[key]["kernel"], wanted[:-1])
+                    assert_close(updates[key]["bias"], wanted[-1])
+
+
+@pytest.mark.parametrize(("split", "key"), [("pi", "V_pi"), ("eigen", "V_exact")])
+def test_running_averages_are_those_of_kfac_jax(split, key):
+    """Theirs are of the mean loss's cotangents: B is 1/N of ours."""
+    with opened("kfacjax_mlp_emp") as file:
+        size = int(file["batch_size"])
+        damping = float(file["damping"]) * size
+        tx = eva_optax.scale_by_kfac(damping, relative=False, split=split, decay=float(file["curvature_ema"]))
+        model = eva_optax.tap(Network(file), factors="both")
+        for index, _, updates, state in replay(file, tx, model):
+            for layer in layer_names(file):
+                wanted = file[f"{layer}.{key}"][index].T / size
+                assert_close(updates[layer]["kernel"], wanted[:-1])
+                assert_close(updates[layer]["bias"], wanted[-1])
+                held = state.vectors[layer]["kronecker"]["kernel,bias"]
+                assert_close(held["B"], size * file[f"{layer}.B"][index])
+
+
+def test_kfac_is_foof_with_an_isotropic_output_factor_and_eva_with_one_row(x64):
+    whole, one = gradient_of(factors="both"), gradient_of(X[:1], factors="both")
+    isotropic = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 3e-12 * jnp.eye(len(leaf)) if path[-1].key == "B" else leaf, whole
+    )
+    kfac, eigen, eva = (
+        eva_optax.scale_by_kfac(0.3),
+        eva_optax.scale_by_kfac(0.3, relative=False, split="eigen"),
+        eva_optax.scale_by_eva(0.3, relative=False),
+    )
+    pairs = (kfac, isotropic), (eva_optax.scale_by_foof(0.3), whole), (eigen, one), (eva, one)
+    updates = [eva_optax.strip(update) for update, _ in first_updates(*pairs)]
+    assert_equal(updates[0], updates[1])
+    assert_equal(updates[2], updates[3])
+
+
+def test_deep_linear_networks_are_solved_exactly(x64):
+    """Squared error: the block of the Gauss-Newton matrix is A ⊗ B, with B from the derivatives of each output."""
+
+    class Linear(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = nn.Dense(4, param_dtype=float, name="first")(x)
+            return nn.Dense(3, param_dtype=float, name="second")(x)
+
+    model, y = eva_optax.tap(Linear(), factors="both"), np.cos(np.arange(36.0)).reshape(12, 3)
+    params = model.init(jax.random.key(0), X)["params"]
+    tx, gamma = eva_optax.scale_by_kfac(0.05, relative=False, split="eigen"), 0.05
+
+    def output(kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        return model.apply({"params": {**params, "first": {**params["first"], "kernel": kernel, "bias": bias}}}, X)
+
+    @jax.jit
+    def step(params: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            return jnp.sum(jnp.square(model.apply({"params": params}, X) - y), 1).mean() / 2
+
+        def along(params: Any, direction: jax.Array) -> jax.Array:
+            return jnp.sum(model.apply({"params": params}, X) * direction[None], 1).mean()
+
+        each = jax.vmap(jax.grad(along), (None, 0))(params, jnp.eye(3))
+        # Of three gradients the probes add up to calls that B is multiplied by.
+        sampled = jax.tree.map(lambda leaf: jnp.sum(leaf, 0), each)
+        return eva_optax.merge_factors(jax.grad(loss)(params), sampled)
+
+    grads = step(params)
+    updates, _ = jax.jit(lambda grads: tx.update(grads, tx.init(grads)))(grads)
+    jacobians = jax.jacobian(output, (0, 1))(params["first"]["kernel"], params["first"]["bias"])
+    rows = np.concatenate([np.asarray(part).reshape(12 * 3, -1) for part in jacobians], 1)
+    curvature = 3 * rows.T @ rows / 12 + gamma * np.eye(rows.shape[1])
+    given = np.concatenate([np.ravel(grads["first"][name]) for name in ("kernel", "bias")])
+    got = np.concatenate([np.ravel(updates["first"][name]) for name in ("kernel", "bias")])
+    assert_equal(got, np.linalg.solve(curvature, given))
+
+
+def broken(grads: Any, layer: str, change: Any) -> Any:
+    """Gradients of which some leaves of one layer, by their names, are something else."""
+
+    def one(path: Any, leaf: jax.Array) -> jax.Array:
+        return change.get(path[-1].key, lambda leaf: leaf)(leaf) if path[0].key == layer else leaf
+
+    return jax.tree_util.tree_map_with_path(one, grads)
+
+
+def test_faults_of_one_layer_leave_its_inverse_and_all_other_layers():
+    """Not a number, no second moment, no cotangents, a layer that is not used, and a gradient that is not finite."""
+    tx = eva_optax.scale_by_kfac(every=1, decay=0.0, step_rule="kl_clip")
+    with jax.enable_x64(True):
+        grads = gradient_of(factors="both")
+    grads = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float32), grads)
+    update = jax.jit(tx.update)
+    wanted, state = update(grads, tx.init(grads))
+    assert state.skipped == 0
+
+    def zero(leaf: jax.Array) -> jax.Array:
+        return 0 * leaf
+
+    unused = dict.fromkeys(("A", "B", "a", "b", "n", "kernel", "bias"), zero)
+    cases: dict[str, tuple[dict, int]] = {
+        "not a number": ({"A": lambda leaf: leaf * jnp.nan}, 1),
+        "negative": ({"B": lambda leaf: -leaf}, 1),
+        "no cotangents": ({"B": zero}, 0),
+        "off": ({"A": zero, "B": zero}, 0),
+        "unused": (unused, 0),
+    }
+    for name, (change, skipped) in cases.items():
+        updates, after = update(broken(grads, "first", change), state)
+        assert after.skipped == skipped, name
+        assert_identical(after.inverses["first"].inputs, state.inverses["first"].inputs)
+        assert_identical(after.inverses["first"].outputs, state.inverses["first"].outputs)
+        assert after.inverses["second"].age == 0
+        if name == "unused":
+            assert not np.any(updates["first"]["kernel"])
+        else:
+            assert_equal(updates, wanted, 1e-6)
+    updates, after = update(broken(grads, "first", {"kernel": lambda leaf: leaf.at[0, 0].set(jnp.inf)}), state)
+    assert after.skipped == 0
+    assert_identical(after.vectors["first"], state.vectors["first"])
+    np.testing.assert_array_equal(updates["first"]["kernel"], grads["first"]["kernel"].at[0, 0].set(jnp.inf))
+    assert np.isfinite(updates["second"]["kernel"]).all()
+    assert update._cache_size() == 1
+    with pytest.raises(ValueError, match=r"check: layers were skipped 1 times, .* could not be inverted"):
+        eva_optax.check(update(broken(grads, "first", cases["negative"][0]), state)[1])
+
+
+def test_inverses_are_renewed_now_and_then_under_scan_vmap_and_donation(x64):
+    model = eva_optax.tap(Two(), factors="both")
+    tx = optax.chain(eva_optax.scale_by_kfac(every=3), optax.scale(-0.1))
+    members = jax.vmap(lambda key: model.init(key, X)["params"])(jax.random.split(jax.random.key(0), 2))
+
+    def step(carry: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+        params, state = carry
+        updates, state = tx.update(gradient(model, params, x), state, params)
+        return (optax.apply_updates(params, updates), state), state[0].inverses["first"].age[0, 0]
+
+    batches = jnp.asarray(np.random.default_rng(1).normal(0.5, 1, (8, 6, 5)))
+    scanned, ages = jax.jit(jax.vmap(lambda params: jax.lax.scan(step, (params, tx.init(params)), batches)))(members)
+    assert ages.tolist() == [[0, 0, 0, 0, 1, 2, 0, 1]] * 2
+    params = jax.tree.map(lambda leaf: leaf[1], members)
+    carry, compiled = (params, jax.jit(tx.init)(params)), jax.jit(step, donate_argnums=0)
+    for batch in batches:
+        carry, _ = compiled(carry, batch)
+    assert compiled._cache_size() == 1
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), jax.tree.map(lambda leaf: leaf[1], scanned), carry
+    )
+    report = eva_optax.diagnostics(carry[1])
+    assert report["first/age"] == 1
+    assert report["second/condition"] > 1
+    assert report["first/residual"] < 1e-12
+    # A checkpoint has all of it, bit for bit.
+    restored = serialization.from_bytes(jax.tree.map(jnp.zeros_like, carry), serialization.to_bytes(carry))
+    assert_identical(compiled(restored, batches[0])[0], compiled(carry, batches[0])[0])
+
+
+def test_citizens_of_optax_and_half_precision(x64):
+    """Micro-batches are one batch; a schedule of the damping; a mask; bfloat16 parameters with float32 averages."""
+    model = eva_optax.tap(Two(), factors="both")
+    params = model.init(jax.random.key(0), X)["params"]
+    whole = gradient_of(factors="both")
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.shape in ((5, 7), (7, 3)) else leaf, whole)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(float), low)
+    kfac = eva_optax.scale_by_kfac(0.1, relative=False)
+
+    @jax.jit
+    def run() -> tuple[Any, ...]:
+        multi = optax.MultiSteps(kfac, 2)
+        state = multi.init(params)
+        for part in (X[:6], X[6:]):
+            updates, state = multi.update(gradient(model, params, part), state)
+        scheduled = optax.inject_hyperparams(eva_optax.scale_by_kfac)(damping=lambda count: 0.1, relative=False)
+        masked = optax.masked(kfac, {"first": True, "second": False})
+        others = [tx.update(whole, tx.init(params))[0] for tx in (kfac, scheduled, masked)]
+        return updates, others, [kfac.update(grads, kfac.init(grads)) for grads in (low, rounded)]
+
+    updates, (alone, scheduled, masked), ((of_low, state), (of_rounded, _)) = run()
+    assert_equal(eva_optax.strip(updates), eva_optax.strip(alone), 1e-6)  # Optax averages in float32
+    assert_equal(eva_optax.strip(scheduled), eva_optax.strip(alone), 1e-9)
+    assert_equal(eva_optax.strip(masked)["first"], eva_optax.strip(alone)["first"])
+    np.testing.assert_array_equal(masked["second"]["kernel"], whole["second"]["kernel"])
+    assert of_low["second"]["kernel"].dtype == jnp.bfloat16
+    assert state.inverses["second"].inputs.kernel.dtype == jnp.float32
+    assert_equal(of_low["second"]["kernel"].astype(float), of_rounded["second"]["kernel"], 2.0**-8)
+
+
+@pytest.mark.parametrize(("kind", "split"), [(AxisType.Auto, "pi"), (AxisType.Explicit, "eigen")])
+def test_eight_devices_equal_one_and_share_the_inverses(kind, split):
+    """Kernels split along inputs or outputs; each device factors its share, and updates stay where kernels are."""
+    rng = np.random.default_rng(0)
+    shapes = {"up": (8, 16), "down": (16, 8), "out": (8, 8)}
+    specs = {"up": P(None, "model"), "down": P("model", None), "out": P("data", None)}
+    grads = {}
+    for name, (inputs, outputs) in shapes.items():
+        rows, cotangents = rng.normal(0.5, 1, (40, inputs)), rng.normal(0.5, 1, (40, outputs))
+        probe = {"A": rows.T @ rows / 40, "B": cotangents.T @ cotangents, "a": rows.mean(0)[:, None]}
+        numbers = np.array([2.0**-40, 2.0**-28, 0, 0])
+        probe = {key: (value * 2.0**-40).astype(np.float32) for key, value in probe.items()} | {"n": numbers}
+        layer = {"kernel": rng.normal(size=(inputs, outputs)), "bias": rng.normal(size=outputs)}
+        grads[name] = layer | {"kronecker": {"kernel,bias": probe}}
+    grads = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), grads)
+
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+    def spec(path: Any, leaf: jax.Array) -> NamedSharding:
+        inputs, outputs = specs[path[0].key]
+        of = {"kernel": P(inputs, outputs), "bias": P(outputs), "A": P(inputs, None), "B": P(None, outputs)}
+        return NamedSharding(mesh, of.get(path[-1].key, P()))
+
+    tx = eva_optax.scale_by_kfac(split=split)
+    wanted, _ = jax.jit(lambda grads: tx.update(grads, tx.init(grads)))(grads)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(grads, jax.tree_util.tree_map_with_path(spec, grads))
+        compiled = jax.jit(tx.update).lower(placed, jax.jit(tx.init)(placed)).compile()
+        got, _ = compiled(placed, jax.jit(tx.init)(placed))
+    assert_equal(jax.device_get(got), wanted, 1e-5)
+    for name, layer in got.items():
+        assert layer["kernel"].sharding.is_equivalent_to(placed[name]["kernel"].sharding, 2)
+    # Four matrices of eight, or two of sixteen: one for each device.
+    kernel, sizes = {
+        "pi": ("potrf", {"1,8,8", "1,16,16"}),
+        "eigen": ("syevd", {"1,8,8", "1,16,16", "1,9,9", "1,17,17"}),
+    }[split]
+    assert set(re.findall(rf"f32\[([\d,]+)\]\S*,[^=]*custom-call\(.*{kernel}", compiled.as_text())) == sizes
+
+
+def test_what_does_not_fit_the_tap_is_refused(x64):
+    expanded = gradient_of(factors="both")
+    with pytest.raises(ValueError, match=r"kfac: sharing='reduce', but layer 'first' is tapped with sharing='expand'"):
+        eva_optax.kfac(0.1).init(expanded)
+    eva_optax.kfac(0.1, sharing="expand").init(expanded)
+    for grads in (gradient_of(factors="input"), gradient_of()):
+        with pytest.raises(ValueError, match=r'scale_by_kfac: .* none. Tap the model with .*factors="both"'):
+            eva_optax.scale_by_kfac().init(grads)
+    with pytest.raises(ValueError, match=r"split must be one of \('pi', 'eigen'\), got 'exact'"):
+        eva_optax.scale_by_kfac(split="exact")
