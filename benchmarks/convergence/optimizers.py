@@ -66,21 +66,27 @@ def _behind(base: str) -> list[Optimizer]:
 
 
 def _matrices() -> Iterator[Optimizer]:
-    """Those with whole matrices, as far as the library has them; `/10` takes their inverses in every tenth step."""
-    inputs, both = ({"factors": sides} for sides in ("input", "both"))
-    for name, baseline, tapped, options in (
-        ("kfac", "sgd", both, {"every": 1}),
-        ("kfac", "sgd", both, {"every": 10}),
-        ("shampoo", "adamw", None, {"every": 1}),
-        ("shampoo", "adamw", None, {"every": 10}),
-        ("foof", "sgd", inputs, {}),
-        ("foof_adamw", "adamw", inputs, {"weight_decay": 0.0}),
-        ("foof_muon", "muon", inputs, MUON),
-    ):
-        if hasattr(eva_optax, name):
-            tap = untapped if tapped is None else partial(eva_optax.tap, **tapped)
-            label = name + "/10" * (options.get("every") == 10)
-            yield Optimizer(label, baseline, partial(getattr(eva_optax, name), **options), tap)
+    """Those with whole matrices; `/10` takes their inverses, or roots, in every tenth step and not in each."""
+
+    def tapped(factors: str, sharing: str = "expand") -> Callable[[Any], Any]:
+        return partial(eva_optax.tap, factors=factors, sharing=sharing)
+
+    def preconditioned(rate: optax.Schedule, every: int) -> optax.GradientTransformation:
+        momentum = optax.masked(BASELINES["sgd"](rate), eva_optax.not_probes)
+        return optax.chain(eva_optax.scale_by_kfac(every=every), momentum)
+
+    for every, suffix in ((1, ""), (10, "/10")):
+        published = partial(eva_optax.kfac, every=every)
+        yield Optimizer(f"kfac{suffix}", "sgd", published, tapped("both", "reduce"))
+        yield Optimizer(f"kfac+sgd{suffix}", "sgd", partial(preconditioned, every=every), tapped("both"))
+        yield Optimizer(
+            f"shampoo{suffix}", "adamw", partial(eva_optax.shampoo, every=every, graft_decay=0.95), untapped
+        )
+    adamw = partial(eva_optax.foof_adamw, b2=0.95, weight_decay=0.0)
+    muon = partial(eva_optax.foof_muon, adam_b2=0.95, **MUON)
+    yield Optimizer("foof", "sgd", eva_optax.foof, tapped("input"))
+    yield Optimizer("foof_adamw", "adamw", adamw, tapped("input"))
+    yield Optimizer("foof_muon", "muon", muon, tapped("input"))
 
 
 OPTIMIZERS = {

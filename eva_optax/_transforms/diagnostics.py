@@ -45,7 +45,8 @@ def diagnostics(state: Any) -> dict[str, Array]:
     "<layer>/residual"   its residual then, along one vector: from 0.1 on it is not used, and the old one is kept
     "<layer>/age"        steps since then
     "<name>/condition"   the largest condition number that a parameter's roots were made of (`scale_by_shampoo`)
-    "<name>/age"         for how many steps its oldest roots are kept
+    "<name>/age"         for how many steps its oldest roots are kept; "<name>[2]" is the third of the parameters of one
+                         shape whose names differ in numbers alone, of which "<name>" is the first
     ===================  ===============================================================================================
 
     Cosines come from sums that the update takes anyway, norms from the averages in the state; with `scale_by_foof` and
@@ -110,7 +111,7 @@ def _find(tree: Any) -> Iterator[State]:
 
 def _unboxed(state: Any) -> Any:
     """A state whose single arrays are without the boxes that an optimizer of NNX puts around them."""
-    trees = ("vectors", "inner", "bases", "inverses", "statistics", "roots", "second_moments", "means")
+    trees = "vectors", "inner", "bases", "inverses", "statistics", "roots", "second_moments", "means", "observed"
     return state._replace(**{n: jax.tree.leaves(getattr(state, n))[0] for n in state._fields if n not in trees})
 
 
@@ -170,10 +171,13 @@ def _report(state: State) -> Iterator[tuple[str, Array]]:
 def _report_roots(state: ShampooState) -> Iterator[tuple[str, Array]]:
     yield "skipped", state.skipped
     for name, regions in state.roots.items():
-        if regions:
-            conditions, steps = (
-                jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves([getattr(root, field) for root in regions])])
-                for field in ("condition", "step")
-            )
-            yield f"{name}/condition", jnp.max(conditions)
-            yield f"{name}/age", state.count - jnp.min(steps)
+        if not regions:
+            continue
+        conditions, steps = (
+            jnp.concatenate([jax.tree.leaves(getattr(root, field))[0].squeeze((2, 3)) for root in regions], 1)
+            for field in ("condition", "step")
+        )
+        for index in range(len(conditions)):
+            key = f"{name}[{index}]" if len(conditions) > 1 else name
+            yield f"{key}/condition", jnp.max(conditions[index])
+            yield f"{key}/age", state.count - jnp.min(steps[index])
