@@ -150,10 +150,8 @@ def _in_eigenvectors(known: Sequence[tuple[Sides, Damping]]) -> list[Inverse]:
         largest, smallest = (
             of_inputs.values[..., at, None] * of_outputs.values[..., at, None] + rest for at in (-1, 0)
         )
-        residual = jnp.maximum(residual, other)
-        inverses.append(
-            Inverse(of_inputs, of_outputs, rest, largest / smallest, residual, jnp.zeros_like(rest, jnp.int32))
-        )
+        residual, age = jnp.maximum(residual, other), jnp.zeros_like(rest, jnp.int32)
+        inverses.append(Inverse(of_inputs, of_outputs, rest, largest / smallest, residual, age))
     return inverses
 
 

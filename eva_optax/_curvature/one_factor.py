@@ -173,7 +173,7 @@ def _basis(side: Side, shift: Array, floor: Array, power: ArrayLike) -> tuple[Ba
     basis = jax.vmap(one, mapped)(side.sketch, side.mean, side.trace - side.has_bias, shift, floor)
     squares = jnp.sum(jnp.square(basis.kernel), 1, keepdims=True)
     squares = squares if basis.bias is None else squares + jnp.square(basis.bias)
-    condition = 1 / (1 - jnp.max(squares, 2, keepdims=True))
+    condition = 1 / jnp.maximum(1 - jnp.max(squares, 2, keepdims=True), jnp.finfo(squares.dtype).eps)
     return basis, Health(condition, jnp.zeros_like(condition))
 
 

@@ -90,13 +90,6 @@ class SketchAxes(NamedTuple):
         count = len(array) * math.prod(self.sizes(self.batch))
         return moved.reshape(count, math.prod(self.sizes(self.inputs)), array.shape[-1])
 
-    def from_matrices(self, matrices: Array, stack: int) -> Array:
-        """Undoes it."""
-        order = [c for c in self.vectors if c != _VECTORS]
-        moved = matrices.reshape(stack, *self.sizes(self.batch + self.inputs), matrices.shape[-1])
-        present = self.batch + self.inputs
-        return jnp.transpose(moved, [0, *(1 + present.index(c) for c in order), moved.ndim - 1])
-
     def by_batch(self, numbers: Array) -> Array:
         """Numbers for a stack of layers, laid out against their kernels, as (stack, *batch)."""
         return jnp.broadcast_to(numbers, (len(numbers), *self._batch_alone)).reshape(

@@ -81,11 +81,12 @@ def precondition_by_factors(
 
     def init(params: Any) -> ScaleByKfacState:
         kept, tree = start(caller, factors, params), take_apart(params)
-        if recipe.two_sided:
+        if recipe.two_sided and tree.layers:
             _check_two_sided(caller, tree)
         if sharing is not None:
             _check_sharing(caller, tree, sharing)
-        inverses = start_inverses(recipe, tree, tree.layers, factors.names)
+        # `optax.tree.map_params` gives no parameters: one leaf then stands for what has not the form of parameters.
+        inverses = start_inverses(recipe, tree, tree.layers, factors.names) or jnp.zeros(())
         return ScaleByKfacState(jnp.zeros((), jnp.int32), *kept, jnp.ones((), kept[1].dtype), inverses)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByKfacState]:
@@ -124,7 +125,7 @@ def precondition_by_factors(
             for layer, inverse in zip(part.bucket.layers, each, strict=True)
         }
         count = jnp.asarray(optax.safe_increment(state.count))
-        return step.tree.rebuild(leaves), ScaleByKfacState(count, *kept, nu, by_name)
+        return step.tree.rebuild(leaves), ScaleByKfacState(count, *kept, nu, by_name or state.inverses)
 
     return optax.GradientTransformation(init, update)
 

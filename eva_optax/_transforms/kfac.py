@@ -41,7 +41,8 @@ def scale_by_kfac(
 
     B is the empirical Fisher matrix's, of the gradient of the loss. For that of sampled labels see `merge_factors`.
     Absolute damping is in units of the curvature of the loss that is differentiated: a summed loss needs more than a
-    mean. How factors are formed, held and masked is as for `scale_by_foof`.
+    mean. B is quadratic in the gradients that arrive: clipping by the global norm belongs behind, since in front it
+    would weigh the steps of the average. How factors are formed, held and masked is as for `scale_by_foof`.
 
     Args:
       damping: δ or γ, see above; > 0. Number or scalar array.

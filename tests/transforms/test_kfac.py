@@ -273,6 +273,9 @@ def test_citizens_of_optax_and_half_precision(x64):
     assert_equal(eva_optax.strip(scheduled), eva_optax.strip(alone), 1e-9)
     assert_equal(eva_optax.strip(masked)["first"], eva_optax.strip(alone)["first"])
     np.testing.assert_array_equal(masked["second"]["kernel"], whole["second"]["kernel"])
+    doubled = optax.tree.map_params(kfac, lambda leaf: 2 * leaf, state)
+    assert_equal(doubled.vectors, jax.tree.map(lambda leaf: 2 * leaf, state.vectors))
+    assert_identical(doubled.inverses, state.inverses)
     assert of_low["second"]["kernel"].dtype == jnp.bfloat16
     assert state.inverses["second"].inputs.kernel.dtype == jnp.float32
     assert_equal(of_low["second"]["kernel"].astype(float), of_rounded["second"]["kernel"], 2.0**-8)
