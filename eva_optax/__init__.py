@@ -1,4 +1,7 @@
-"""Eva, curvature-aware preconditioning at the cost of a first-order step, for Optax and Flax."""
+"""Eva, curvature-aware preconditioning at the cost of a first-order step, for Optax and Flax.
+
+Where to start: `eva_adamw`, for a model tapped with `tap(model, rank=16)`.
+"""
 
 from importlib import import_module
 from typing import Any
@@ -14,7 +17,8 @@ from eva_optax._probes.vectors import KroneckerVectors, vectors
 from eva_optax._transforms.aliases import eva_adamw, eva_muon
 from eva_optax._transforms.check import check
 from eva_optax._transforms.coordinates import center, conjugate
-from eva_optax._transforms.diagnostics import diagnostics, plot_diagnostics
+from eva_optax._transforms.diagnostics import diagnostics
+from eva_optax._transforms.diagnostics_plot import plot_diagnostics
 from eva_optax._transforms.eva import scale_by_eva
 from eva_optax._transforms.eva_f import scale_by_eva_f
 from eva_optax._transforms.eva_s import scale_by_eva_s
@@ -34,7 +38,7 @@ from eva_optax._transforms.state import (
     SketchState,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CenterState",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -45,8 +45,7 @@ class Autoencoder(nn.Module):
         return nn.Dense(pixels)(x).reshape(shape)
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Images with pixels in [0, 1], and their labels."""
 
     images: Array
@@ -102,13 +101,13 @@ def batches(seed: int, examples: int, batch_size: int, steps: int) -> np.ndarray
     return np.concatenate(epochs).reshape(-1, batch_size)[:steps]
 
 
-def evaluation(task: Task, splits: tuple[Split, Split]) -> Callable[[Any], tuple[Array, Array, Array]]:
-    """A jitted function from parameters without probes to training loss, validation loss and validation accuracy."""
+def evaluation(task: Task) -> Callable[[Any, tuple[Split, Split]], tuple[Array, Array, Array]]:
+    """A jitted function from parameters without probes, and data, to training loss, validation loss and accuracy."""
 
     model: Any = task.model
 
     @jax.jit
-    def evaluate(params: Any) -> tuple[Array, Array, Array]:
+    def evaluate(params: Any, splits: tuple[Split, Split]) -> tuple[Array, Array, Array]:
         outputs = [model.apply({"params": params}, split.images) for split in splits]
         losses = [task.loss(y, split.images, split.labels) for y, split in zip(outputs, splits, strict=True)]
         accuracy = jnp.mean(outputs[1].argmax(-1) == splits[1].labels) if task.classifies else jnp.array(jnp.nan)

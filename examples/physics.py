@@ -1,7 +1,7 @@
 """A physics-informed network with Adam, AdamW and Muon and their Eva counterparts.
 
     python examples/physics.py            # about five minutes on two cores
-    python examples/physics.py --small    # a quick look
+    python examples/physics.py --small    # shows that it runs
 
 The network learns to solve the Poisson equation -Δu = f on the unit square, with u = 0 on the boundary and f chosen so
 that u = sin(πx) sin(πy). The loss holds second derivatives of the network in its inputs: `jax.jvp` twice goes through
@@ -26,15 +26,15 @@ import numpy as np
 import optax
 from jax import Array
 from language_model import schedule
-from matplotlib.figure import Figure
+from plots import draw, panels, save
+from progress import SMALL, progress
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 import eva_optax
 
-B2 = 0.95  # of every Adam here, by itself or inside Muon; that of `eva_adamw` and `eva_muon` by default
+B2 = 0.95  # of every Adam here, by itself, inside Muon and inside of their Eva counterparts
 BOUNDARY_WEIGHT = 100.0  # about the mean square of f, with which the equation's part of the loss starts
 EVALUATIONS, INTERIOR, BOUNDARY = 40, 256, 64  # of a run; points, drawn once for each seed
 
@@ -131,26 +131,25 @@ class Result(NamedTuple):
         return float(np.median(np.nan_to_num(self.loss[:, -1], nan=np.inf)))
 
 
-def sweep(rates: Sequence[float], seeds: int, steps: int) -> dict[str, Result]:
-    """The best result of each optimizer."""
+def sweep(rates: Sequence[float], seeds: int, steps: int, advance: Callable[[int], None]) -> dict[str, Result]:
+    """The best result of each optimizer; `advance` is told how many steps were made."""
     curves: dict[tuple[float, str], list[Any]] = {job: [] for job in product(rates, OPTIMIZERS)}
     seconds: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
-    with tqdm(total=seeds * len(curves) * steps, unit="step", mininterval=1) as bar:
-        # Optimizers take turns: whatever else the computer does slows all of them alike.
-        for seed, (rate, name) in product(range(seeds), curves):
-            random, side = np.random.default_rng(seed), np.arange(BOUNDARY)
-            boundary = random.uniform(size=(BOUNDARY, 2))
-            boundary[side, side % 2] = side // 2 % 2  # equally many on each side
-            data = jnp.asarray(random.uniform(size=(INTERIOR, 2)), "float32"), jnp.asarray(boundary, "float32")
-            params = MODELS[name].init(jax.random.key(seed), data[0])["params"]  # the same values, tapped or not
-            state, measured = OPTIMIZERS[name].make(schedule(rate, steps)).init(params), []
-            for _ in range(EVALUATIONS):
-                measured.append(evaluate(eva_optax.strip(params), data))
-                start = time.perf_counter()
-                params, state = jax.block_until_ready(train(params, state, rate, data, name, steps))
-                seconds[name].append(time.perf_counter() - start)
-                bar.update(steps // EVALUATIONS)
-            curves[rate, name].append([*measured, evaluate(eva_optax.strip(params), data)])
+    # Optimizers take turns: whatever else the computer does slows all of them alike.
+    for seed, (rate, name) in product(range(seeds), curves):
+        random, side = np.random.default_rng(seed), np.arange(BOUNDARY)
+        boundary = random.uniform(size=(BOUNDARY, 2))
+        boundary[side, side % 2] = side // 2 % 2  # equally many on each side
+        data = jnp.asarray(random.uniform(size=(INTERIOR, 2)), "float32"), jnp.asarray(boundary, "float32")
+        params = MODELS[name].init(jax.random.key(seed), data[0])["params"]  # the same values, tapped or not
+        state, measured = OPTIMIZERS[name].make(schedule(rate, steps)).init(params), []
+        for _ in range(EVALUATIONS):
+            measured.append(evaluate(eva_optax.strip(params), data))
+            start = time.perf_counter()
+            params, state = jax.block_until_ready(train(params, state, rate, data, name, steps))
+            seconds[name].append(time.perf_counter() - start)
+            advance(steps // EVALUATIONS)
+        curves[rate, name].append([*measured, evaluate(eva_optax.strip(params), data)])
     arrays = {job: np.array(runs) for job, runs in curves.items()}
     found = {(r, name): Result(r, a[..., 0], a[..., 1], seconds[name]) for (r, name), a in arrays.items()}
     return {name: min((found[rate, name] for rate in rates), key=Result.final_loss) for name in OPTIMIZERS}
@@ -161,8 +160,7 @@ def report(results: dict[str, Result], steps: int, console: Console, path: Path)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for header in ("optimizer", "rate", "final\nloss", "relative\nL2 error", "ms per\nstep", "steps to\nAdam's loss"):
         table.add_column(header, justify="left" if header == "optimizer" else "right", no_wrap=True)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    panels, colors = figure.subplots(1, 2), {"Adam": "tab:blue", "AdamW": "tab:orange", "Muon": "tab:green"}
+    figure, rows = panels(2)
     at, better, worse = np.linspace(0, steps, EVALUATIONS + 1), [], []
     for name, (_, baseline, line) in OPTIMIZERS.items():
         rate, losses, errors, seconds = result = results[name]
@@ -174,24 +172,26 @@ def report(results: dict[str, Result], steps: int, console: Console, path: Path)
         ratio = result.final_loss() / results[baseline].final_loss()
         if name != baseline:
             (better if ratio < 1 else worse).append(f"{name}, {ratio:.2g} times the final loss of {baseline}")
-        for axes, curve, label in zip(panels, (losses, errors), ("loss", "relative L2 error"), strict=True):
-            axes.plot(at, np.median(curve, 0), line, color=colors[baseline], label=f"{name}, rate {rate:g}")
+        for axes, curves, label in zip(rows, (losses, errors), ("loss", "relative L2 error"), strict=True):
+            draw(axes, at, curves, baseline, line, f"{name}, rate {rate:g}")
             axes.set(xlabel="step", ylabel=label, yscale="log")
-    panels[0].legend()
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     console.print(table, "", f"Helps: {'; '.join(better) or 'none'}.", f"Does not: {'; '.join(worse) or 'none'}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     parser = argparse.ArgumentParser(description="Adam, AdamW and Muon with and without Eva, on a Poisson equation.")
-    parser.add_argument("--small", action="store_true", help="few steps, two learning rates, one seed")
+    parser.add_argument("--small", action="store_true", help="few steps, two rates, one seed, to see that it runs")
     parser.add_argument("--output", type=Path, default=Path("results"), help="directory of the plot")
     options = parser.parse_args(arguments)
     rates, seeds, steps = ((0.003, 0.01), 1, 80) if options.small else ((0.001, 0.003, 0.01, 0.03, 0.1), 3, 1600)
-    results, console, path = sweep(rates, seeds, steps), Console(), options.output / "physics.png"
-    options.output.mkdir(parents=True, exist_ok=True)
+    console, path = Console(), options.output / "physics.png"
+    with progress(console, {"Poisson": seeds * len(rates) * len(OPTIMIZERS) * steps}) as advance:
+        results = sweep(rates, seeds, steps, partial(advance, "Poisson"))
     report(results, steps, console, path)
     console.print(f"{steps} steps, medians of {seeds} seed(s), best of {len(rates)} rates by final loss. Plot: {path}")
+    if options.small:
+        console.print(SMALL)
     return results
 
 

@@ -1,36 +1,39 @@
 """SGD and AdamW with and without Eva, on handwritten digits: a convolutional classifier and a deep autoencoder.
 
-    python examples/quickstart.py               # about two minutes on two cores
-    python examples/quickstart.py --small       # a quick look
+    python examples/quickstart.py               # about four minutes on two cores
+    python examples/quickstart.py --small       # half a minute; shows that it runs
     python examples/quickstart.py --markdown    # also writes the tables as Markdown, next to the plot
 
 Eva is two lines in a training script:
 
-    model = eva_optax.tap(model)                                                         # 1
-    tx = optax.chain(eva_optax.scale_by_eva(), optax.sgd(learning_rate, momentum=0.9))   # 2
+    model = eva_optax.tap(model, rank=16)          # 1
+    tx = eva_optax.eva_adamw(learning_rate)        # 2
 
-Every optimizer starts from the same parameters, sees the same mini-batches and gets equally many learning rates, on the
-same grid with and without Eva. The rate with the lowest final loss on the training data counts, for every optimizer.
+Every optimizer gets equally many learning rates, on the same grid with and without Eva, and every AdamW b2 = 0.95. The
+rate with the lowest final loss on the training data of one seed counts. With it each optimizer trains on further seeds:
+another split, other parameters, another order; the same for all optimizers. Tables and plot show those runs.
 """
 
 import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
 from digits import TASKS, Split, Task, batches, evaluation, load
 from jax import Array
-from matplotlib.figure import Figure
+from plots import draw, panels, save
+from progress import SMALL, progress
 from rich import box
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 import eva_optax
@@ -43,12 +46,13 @@ Rate = float | Array
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How an optimizer is made from a learning rate, whether it needs a tapped model, and the centre of its rates."""
+    """How an optimizer is made from a learning rate, what it is compared with, its rates' centre, and its tap."""
 
     name: str
     make: Callable[[Rate], optax.GradientTransformation]
-    eva: bool
+    baseline: str
     center: float
+    tap: Callable[[nn.Module], Any] | None = None
 
 
 def sgd(rate: Rate) -> optax.GradientTransformation:
@@ -56,41 +60,35 @@ def sgd(rate: Rate) -> optax.GradientTransformation:
 
 
 def eva_sgd(rate: Rate) -> optax.GradientTransformation:
-    return optax.chain(eva_optax.scale_by_eva(), optax.sgd(rate, momentum=0.9))
-
-
-def eva_adamw(rate: Rate) -> optax.GradientTransformation:
-    return optax.chain(eva_optax.scale_by_eva(), optax.adamw(rate))
+    return optax.chain(eva_optax.scale_by_eva(), sgd(rate))
 
 
 OPTIMIZERS = (
-    Optimizer("SGD", sgd, eva=False, center=0.3),
-    Optimizer("Eva + SGD", eva_sgd, eva=True, center=0.3),
-    Optimizer("AdamW", optax.adamw, eva=False, center=0.003),
-    Optimizer("Eva + AdamW", eva_adamw, eva=True, center=0.003),
+    Optimizer("SGD", sgd, "SGD", 0.3),
+    Optimizer("Eva + SGD", eva_sgd, "SGD", 0.3, eva_optax.tap),
+    Optimizer("AdamW", partial(optax.adamw, b2=0.95), "AdamW", 0.003),
+    Optimizer("Eva-AdamW", partial(eva_optax.eva_adamw, b2=0.95), "AdamW", 0.003, partial(eva_optax.tap, rank=16)),
 )
 
 
-def train_step(task: Task, optimizer: Optimizer, train: Split) -> Callable[..., tuple[Any, Any]]:
-    """A jitted step from (params, state, rate, batch) to (params, state)."""
-    model: Any = eva_optax.tap(task.model) if optimizer.eva else task.model
+class Data(NamedTuple):
+    """What a seed decides: the split, its mini-batches, and the key of the initial parameters."""
 
-    @jax.jit
-    def step(params: Any, state: Any, rate: Rate, batch: Array) -> tuple[Any, Any]:
-        images, labels = train.images[batch], train.labels[batch]
-        grads = jax.grad(lambda p: task.loss(model.apply({"params": p}, images), images, labels))(params)
-        # The rate is an argument, so that all rates share one compilation.
-        updates, state = optimizer.make(rate).update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    splits: tuple[Split, Split]
+    batches: np.ndarray
+    key: Array
 
-    return step
+
+def draw_data(seed: int, steps: int) -> Data:
+    splits = load(seed)
+    return Data(splits, batches(seed, len(splits[0].labels), BATCH_SIZE, steps), jax.random.key(seed))
 
 
 class Run(NamedTuple):
-    """One training run, evaluated every few steps."""
+    """One training run, evaluated every few steps, and the seconds of a step between two evaluations."""
 
-    rate: float
     steps: np.ndarray
+    step_seconds: list[float]
     train_loss: np.ndarray
     validation_loss: np.ndarray
     accuracy: np.ndarray
@@ -98,50 +96,73 @@ class Run(NamedTuple):
     def final_loss(self) -> float:
         return float(self.train_loss[-1]) if np.isfinite(self.train_loss[-1]) else math.inf
 
-    def steps_to(self, loss: float) -> int | None:
-        """The first evaluated step at which the training loss is no higher than `loss`."""
+    def steps_to(self, loss: float) -> float:
+        """The first evaluated step at which the training loss is no higher than `loss`; infinity if there is none."""
         reached = self.steps[self.train_loss <= loss]
-        return int(reached[0]) if len(reached) and math.isfinite(loss) else None
+        return float(reached[0]) if len(reached) and math.isfinite(loss) else math.inf
+
+
+class Trainer:
+    """Trains one task with one optimizer; all seeds and rates share one compilation."""
+
+    def __init__(self, task: Task, optimizer: Optimizer) -> None:
+        model: Any = optimizer.tap(task.model) if optimizer.tap else task.model
+        self.init, self.evaluate, self.optimizer = jax.jit(model.init), evaluation(task), optimizer
+
+        @jax.jit
+        def step(params: Any, state: Any, rate: Rate, train: Split, batch: Array) -> tuple[Any, Any]:
+            images, labels = train.images[batch], train.labels[batch]
+            grads = jax.grad(lambda p: task.loss(model.apply({"params": p}, images), images, labels))(params)
+            updates, state = optimizer.make(rate).update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.step = step
+
+    def run(self, data: Data, rate: float, advance: Callable[[int], None]) -> Run:
+        """One run; `advance` is told how many steps were made."""
+        params = self.init(data.key, data.splits[0].images[:1])["params"]
+        state = self.optimizer.make(rate).init(params)
+        evaluated, measured = [0], [self.evaluate(eva_optax.strip(params), data.splits)]
+        seconds = []
+        for chunk in np.split(data.batches, range(EVALUATE_EVERY, len(data.batches), EVALUATE_EVERY)):
+            start = time.perf_counter()
+            for batch in chunk:
+                params, state = self.step(params, state, rate, data.splits[0], batch)
+            jax.block_until_ready(params)
+            seconds.append((time.perf_counter() - start) / len(chunk))
+            evaluated.append(evaluated[-1] + len(chunk))
+            measured.append(self.evaluate(eva_optax.strip(params), data.splits))
+            advance(len(chunk))
+        return Run(np.array(evaluated), seconds, *np.array(measured).T)
 
 
 class Result(NamedTuple):
-    """The best run of an optimizer, and the median time of one of its steps."""
+    """An optimizer's best rate, its runs at that rate, one for each further seed, and the median time of a step."""
 
-    best: Run
+    rate: float
+    runs: list[Run]
     step_seconds: float
 
 
-def sweep(task: Task, steps: int, rates: int, seed: int, advance: Callable[[int], None]) -> dict[str, Result]:
-    """Trains with every optimizer at every rate; `advance` is told how many steps were made."""
-    splits = load(seed)
-    train = splits[0]
-    indices = batches(seed, len(train.labels), BATCH_SIZE, steps)
-    evaluate = evaluation(task, splits)
-    tapped = jax.jit(eva_optax.tap(task.model).init)(jax.random.key(seed), train.images[:1])["params"]
-    untapped = eva_optax.strip(tapped)
-    jobs = [(o, train_step(task, o, train), tapped if o.eva else untapped) for o in OPTIMIZERS]
-    runs: dict[str, list[Run]] = {optimizer.name: [] for optimizer in OPTIMIZERS}
-    seconds: dict[str, list[float]] = {optimizer.name: [] for optimizer in OPTIMIZERS}
-
+def compare(task: Task, steps: int, rates: int, seeds: Sequence[int], advance: Callable[[int], None]) -> list[Result]:
+    """The result of each optimizer: tuned on the first seed, then run on the others."""
+    trainers = [Trainer(task, optimizer) for optimizer in OPTIMIZERS]
+    tuned: list[dict[float, Run]] = [{} for _ in OPTIMIZERS]
+    data = draw_data(seeds[0], steps)
     # Optimizers take turns: whatever else the computer does slows all of them alike.
     for number in range(rates):
-        for optimizer, step, params in jobs:
-            rate = optimizer.center * 10 ** ((number - rates // 2) / 2)
-            state = optimizer.make(rate).init(params)
-            evaluated, measured = [0], [evaluate(eva_optax.strip(params))]
-            for chunk in np.split(indices, range(EVALUATE_EVERY, steps, EVALUATE_EVERY)):
-                start = time.perf_counter()
-                for batch in chunk:
-                    params, state = step(params, state, rate, batch)
-                jax.block_until_ready(params)
-                seconds[optimizer.name].append((time.perf_counter() - start) / len(chunk))
-                evaluated.append(evaluated[-1] + len(chunk))
-                measured.append(evaluate(eva_optax.strip(params)))
-                advance(len(chunk))
-            runs[optimizer.name].append(Run(rate, np.array(evaluated), *np.array(measured).T))
-
+        for trainer, runs in zip(trainers, tuned, strict=True):
+            rate = trainer.optimizer.center * 10 ** ((number - rates // 2) / 2)
+            runs[rate] = trainer.run(data, rate, advance)
+    best = [min(runs, key=lambda rate: runs[rate].final_loss()) for runs in tuned]
+    tested: list[list[Run]] = [[] for _ in OPTIMIZERS]
+    for seed in seeds[1:]:
+        data = draw_data(seed, steps)
+        for trainer, rate, runs in zip(trainers, best, tested, strict=True):
+            runs.append(trainer.run(data, rate, advance))
     # The median leaves the compilation out, which is in the first chunk.
-    return {name: Result(min(runs[name], key=Run.final_loss), statistics.median(seconds[name])) for name in runs}
+    seconds = [statistics.median(time for run in runs for time in run.step_seconds) for runs in tested]
+    return [Result(*parts) for parts in zip(best, tested, seconds, strict=True)]
 
 
 # With the line breaks that fit a terminal of 80 columns.
@@ -151,20 +172,22 @@ HEADER = (
 )
 
 
-def table_rows(results: dict[str, Result]) -> list[tuple[str, ...]]:
-    """One row of texts for each optimizer, as `HEADER` names them."""
+def table_rows(results: list[Result]) -> list[tuple[str, ...]]:
+    """One row of texts for each optimizer, as `HEADER` names them: medians over the seeds."""
+    by_name = {optimizer.name: result for optimizer, result in zip(OPTIMIZERS, results, strict=True)}
 
     def time_to(result: Result, baseline: str) -> str:
-        steps = result.best.steps_to(results[baseline].best.final_loss())
-        return "-" if steps is None else f"{steps}, {steps * result.step_seconds:.2g} s"
+        pairs = zip(result.runs, by_name[baseline].runs, strict=True)
+        steps = statistics.median(run.steps_to(theirs.final_loss()) for run, theirs in pairs)
+        return "-" if math.isinf(steps) else f"{steps:.0f}, {steps * result.step_seconds:.2g} s"
 
     rows = []
-    for name, result in results.items():
-        best, accuracy = result.best, result.best.accuracy[-1]
-        losses = f"{best.train_loss[-1]:.3g}", f"{best.validation_loss[-1]:.3g}"
+    for name, result in by_name.items():
+        ends = [[run.train_loss[-1], run.validation_loss[-1], run.accuracy[-1]] for run in result.runs]
+        train, validation, accuracy = np.median(ends, 0)
         share = "-" if math.isnan(accuracy) else f"{accuracy:.1%}"
         times = f"{1000 * result.step_seconds:.2f}", time_to(result, "SGD"), time_to(result, "AdamW")
-        rows.append((name, f"{best.rate:.2g}", *losses, share, *times))
+        rows.append((name, f"{result.rate:.2g}", f"{train:.3g}", f"{validation:.3g}", share, *times))
     return rows
 
 
@@ -183,48 +206,46 @@ def markdown_table(title: str, rows: list[tuple[str, ...]]) -> str:
     return "\n".join([f"**{title}**\n", *("| " + " | ".join(row) + " |" for row in (header, rule, *rows)), ""])
 
 
-def plot(results: dict[str, dict[str, Result]], path: Path) -> None:
+def plot(results: dict[str, list[Result]], path: Path) -> None:
     """Training loss against steps, a panel for each task."""
-    figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
-    for axes, (title, by_optimizer) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
-        for optimizer in OPTIMIZERS:
-            best = by_optimizer[optimizer.name].best
-            color, style = "tab:blue" if "SGD" in optimizer.name else "tab:orange", "-" if optimizer.eva else "--"
-            label = f"{optimizer.name}, rate {best.rate:.2g}"
-            axes.plot(best.steps, best.train_loss, color=color, linestyle=style, label=label)
+    figure, rows = panels(len(results))
+    for axes, (title, of_task) in zip(rows, results.items(), strict=True):
+        for optimizer, result in zip(OPTIMIZERS, of_task, strict=True):
+            curves = np.array([run.train_loss for run in result.runs])
+            line = "-" if optimizer.tap else "--"
+            label = f"{optimizer.name}, rate {result.rate:.2g}"
+            draw(axes, result.runs[0].steps, curves, optimizer.baseline, line, label)
         axes.set(title=title, xlabel="step", ylabel="loss on the training data", yscale="log")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="SGD and AdamW with and without Eva, on handwritten digits.")
-    parser.add_argument("--small", action="store_true", help="fewer steps and learning rates")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the initial parameters and the batches")
+    parser.add_argument("--small", action="store_true", help="few steps, rates and seeds, to see that it runs")
+    parser.add_argument("--seed", type=int, default=0, help="on which rates are tuned; the next ones are the tests")
     parser.add_argument("--output", type=Path, default=Path("results"), help="directory of the plot")
     parser.add_argument("--markdown", action="store_true", help="write the tables as Markdown, too")
     options = parser.parse_args()
-    rates, shorter = (3, 5) if options.small else (7, 1)
+    rates, tests, shorter = (2, 2, 5) if options.small else (7, 4, 1)
+    seeds = range(options.seed, options.seed + 1 + tests)
 
     console = Console()
     train, _ = load(options.seed)
     console.print(f"{TASKS[0].name}:", eva_optax.coverage(TASKS[0].model, train.images), "")
-    results = {}
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
+    results, steps = {}, {task.name: task.steps // shorter for task in TASKS}
+    totals = {name: (rates + tests) * len(OPTIMIZERS) * number for name, number in steps.items()}
+    with progress(console, totals) as advance:
         for task in TASKS:
-            steps = task.steps // shorter
-            bar = progress.add_task(task.name, total=rates * len(OPTIMIZERS) * steps)
-            title = f"{task.name}, {steps} steps of {BATCH_SIZE} images"
-            results[title] = sweep(task, steps, rates, options.seed, lambda n, bar=bar: progress.advance(bar, n))
+            title = f"{task.name}, {steps[task.name]} steps of {BATCH_SIZE} images"
+            results[title] = compare(task, steps[task.name], rates, seeds, partial(advance, task.name))
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    tables = {title: table_rows(by_optimizer) for title, by_optimizer in results.items()}
+    tables = {title: table_rows(of_task) for title, of_task in results.items()}
     for title, rows in tables.items():
         console.print(rich_table(title, rows), "")
     note = (
-        f"The rate is the best of {rates} by final loss on the training data. The last columns are the steps, and the "
-        "seconds, to the final training loss of that baseline."
+        f"The rate is the best of {rates} by final loss on the training data of one seed; all else are medians of "
+        f"{tests} further seeds. The last columns are the steps, and the seconds, to that baseline's final training "
+        "loss."
     )
     console.print(note)
     plot(results, options.output / "quickstart.png")
@@ -233,6 +254,8 @@ def main() -> None:
         texts = [*(markdown_table(title, rows) for title, rows in tables.items()), f"{note}\n"]
         (options.output / "quickstart.md").write_text("\n".join(texts))
         console.print(f"Tables: {options.output / 'quickstart.md'}", soft_wrap=True)
+    if options.small:
+        console.print(SMALL)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 Eva is two lines in a training script; the training loop stays as it is:
 
-    model = eva_optax.tap(model)                                                    # 1
-    tx = optax.chain(eva_optax.scale_by_eva(), optax.adamw(learning_rate))          # 2
+    model = eva_optax.tap(model, rank=16)          # 1
+    tx = eva_optax.eva_adamw(learning_rate)        # 2
 """
 
 import argparse
@@ -75,19 +75,18 @@ def main() -> None:
     options = parser.parse_args()
 
     data = load(seed=0)
-    plain = train(Classifier(nnx.Rngs(0)), optax.adamw(options.learning_rate), data, options.steps)
+    plain = train(Classifier(nnx.Rngs(0)), optax.adamw(options.learning_rate, b2=0.95), data, options.steps)
 
-    model = eva_optax.tap(Classifier(nnx.Rngs(0)))
-    tx = optax.chain(eva_optax.scale_by_eva(), optax.adamw(options.learning_rate))
-    with_eva = train(model, tx, data, options.steps)
+    model = eva_optax.tap(Classifier(nnx.Rngs(0)), rank=16)
+    with_eva = train(model, eva_optax.eva_adamw(options.learning_rate, b2=0.95), data, options.steps)
 
     console = Console()
     console.print(eva_optax.coverage(model))
     table = Table("optimizer", "training loss", "validation loss", "validation accuracy")
-    for name, results in (("AdamW", plain), ("Eva + AdamW", with_eva)):
+    for name, results in (("AdamW", plain), ("Eva-AdamW", with_eva)):
         table.add_row(name, *(f"{value:.4g}" for value in results))
     console.print(table)
-    console.print(f"{options.steps} steps of {BATCH_SIZE} images on {jax.devices()[0].platform}")
+    console.print(f"{options.steps} steps of {BATCH_SIZE} images, both with b2 = 0.95, on {jax.devices()[0].platform}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Results on disk: CSV files whose rows have keys, and pages of the documentation that show tables of them."""
 
+import argparse
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,16 @@ RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 
 Key = tuple[str, ...]  # the values of a row in the columns that tell rows apart
 Row = dict[str, Any]
+
+
+def command_line(benchmark: str, description: str) -> argparse.ArgumentParser:
+    """The options that both programs have; the first paragraph of the description stands before them."""
+    summary, _, usage = description.partition("\n\n")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"benchmarks.{benchmark}", None, summary, usage, formatter_class=form)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument("--report", action="store_true", help="measure nothing: the page again from the CSV files")
+    return parser
 
 
 def read_rows(path: Path, keys: Sequence[str]) -> dict[Key, Row]:

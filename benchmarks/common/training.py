@@ -10,6 +10,11 @@ from jax import Array
 Loss = Callable[[Any, Any], Array]  # from outputs and targets to a scalar
 
 
+def untapped(model: Any) -> Any:
+    """In the place of `eva_optax.tap`, for optimizers that need no probes, so that they pay for none."""
+    return model
+
+
 def gradient_of(model: Any, loss: Loss) -> Callable[..., Any]:
     """From parameters, buffers (such as running statistics) and a batch to the gradient, and the new buffers."""
 

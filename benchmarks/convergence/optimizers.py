@@ -1,13 +1,15 @@
-"""The optimizers of the convergence benchmark: three baselines, and each member of the family chained with them."""
+"""The optimizers of the convergence benchmark: three baselines, and what is compared with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import optax
 
 import eva_optax
+from benchmarks.common.training import untapped
 
 Build = Callable[[optax.Schedule], optax.GradientTransformation]
 
@@ -18,15 +20,13 @@ class Optimizer:
 
     Attributes:
       baseline: the name of the one that it is compared with, its own for a baseline.
-      tapped: whether it needs a tapped model. The baselines do without, so that they pay for nothing.
-      rank: of the sketches that the tap collects; None for none.
+      tap: what its model is tapped with. The baselines do without, so that they pay for nothing.
     """
 
     name: str
     baseline: str
     build: Build
-    tapped: bool = True
-    rank: int | None = None
+    tap: Callable[[Any], Any] = eva_optax.tap
 
 
 def muon_dimensions(params: Any) -> Any:
@@ -43,11 +43,15 @@ def muon_dimensions(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
+MUON: dict[str, Any] = {"muon_weight_dimension_numbers": muon_dimensions}
 BASELINES: dict[str, Build] = {
     "sgd": lambda rate: optax.sgd(rate, momentum=0.9),
     "adamw": lambda rate: optax.adamw(rate, b2=0.95, weight_decay=0.0),
-    "muon": lambda rate: optax.contrib.muon(rate, adam_b2=0.95, muon_weight_dimension_numbers=muon_dimensions),
+    "muon": lambda rate: optax.contrib.muon(rate, adam_b2=0.95, **MUON),
 }
+eva_adamw = partial(eva_optax.eva_adamw, b2=0.95, weight_decay=0.0)
+eva_muon = partial(eva_optax.eva_muon, adam_b2=0.95, **MUON)
+SKETCHED = {rank: partial(eva_optax.tap, rank=rank) for rank in (0, 4, 16)}
 
 
 def _behind(base: str) -> list[Optimizer]:
@@ -56,31 +60,48 @@ def _behind(base: str) -> list[Optimizer]:
     return [
         Optimizer(f"eva+{base}", base, lambda rate: optax.chain(eva_optax.scale_by_eva(), build(rate))),
         Optimizer(f"eva_f+{base}", base, lambda rate: optax.chain(eva_optax.scale_by_eva_f(), build(rate))),
-        Optimizer(f"eva_s+{base}", base, lambda rate: optax.chain(eva_optax.scale_by_eva_s(), build(rate)), False),
+        Optimizer(f"eva_s+{base}", base, lambda rate: optax.chain(eva_optax.scale_by_eva_s(), build(rate)), untapped),
         Optimizer(f"center+{base}", base, lambda rate: eva_optax.center(build(rate))),
     ]
 
 
-def eva_adamw(rate: optax.Schedule) -> optax.GradientTransformation:
-    return eva_optax.eva_adamw(rate, weight_decay=0.0)
+def _matrices() -> Iterator[Optimizer]:
+    """Those with whole matrices; `/10` takes their inverses, or roots, in every tenth step and not in each."""
 
+    def tapped(factors: str, sharing: str = "expand") -> Callable[[Any], Any]:
+        return partial(eva_optax.tap, factors=factors, sharing=sharing)
 
-def eva_muon(rate: optax.Schedule) -> optax.GradientTransformation:
-    return eva_optax.eva_muon(rate, muon_weight_dimension_numbers=muon_dimensions)
+    def preconditioned(rate: optax.Schedule, every: int) -> optax.GradientTransformation:
+        momentum = optax.masked(BASELINES["sgd"](rate), eva_optax.not_probes)
+        return optax.chain(eva_optax.scale_by_kfac(every=every), momentum)
+
+    for every, suffix in ((1, ""), (10, "/10")):
+        published = partial(eva_optax.kfac, every=every)
+        yield Optimizer(f"kfac{suffix}", "sgd", published, tapped("both", "reduce"))
+        yield Optimizer(f"kfac+sgd{suffix}", "sgd", partial(preconditioned, every=every), tapped("both"))
+        yield Optimizer(
+            f"shampoo{suffix}", "adamw", partial(eva_optax.shampoo, every=every, graft_decay=0.95), untapped
+        )
+    adamw = partial(eva_optax.foof_adamw, b2=0.95, weight_decay=0.0)
+    muon = partial(eva_optax.foof_muon, adam_b2=0.95, **MUON)
+    yield Optimizer("foof", "sgd", eva_optax.foof, tapped("input"))
+    yield Optimizer("foof_adamw", "adamw", adamw, tapped("input"))
+    yield Optimizer("foof_muon", "muon", muon, tapped("input"))
 
 
 OPTIMIZERS = {
     optimizer.name: optimizer
     for optimizer in (
-        *(Optimizer(name, name, build, tapped=False) for name, build in BASELINES.items()),
+        *(Optimizer(name, name, build, untapped) for name, build in BASELINES.items()),
         *(optimizer for base in BASELINES for optimizer in _behind(base)),
         Optimizer("conjugate+sgd", "sgd", lambda rate: eva_optax.conjugate(BASELINES["sgd"](rate))),
         Optimizer("eva_adamw", "adamw", eva_adamw),
-        *(Optimizer(f"eva_adamw@{rank}", "adamw", eva_adamw, rank=rank) for rank in (0, 4, 16)),
+        *(Optimizer(f"eva_adamw@{rank}", "adamw", eva_adamw, tap) for rank, tap in SKETCHED.items()),
         Optimizer("eva_muon", "muon", eva_muon),
-        Optimizer("eva_muon@16", "muon", eva_muon, rank=16),
+        Optimizer("eva_muon@16", "muon", eva_muon, SKETCHED[16]),
         Optimizer("eva", "sgd", eva_optax.eva),
         Optimizer("eva_f", "sgd", eva_optax.eva_f),
-        Optimizer("eva_s", "sgd", eva_optax.eva_s, tapped=False),
+        Optimizer("eva_s", "sgd", eva_optax.eva_s, untapped),
+        *_matrices(),
     )
 }

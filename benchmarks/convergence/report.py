@@ -1,19 +1,18 @@
-"""Tables and plot of the convergence benchmark, from its CSV files."""
+"""Tables of the convergence benchmark, from its CSV files; `figures` draws the same numbers."""
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-
 from benchmarks.common.results import publish, table
-from benchmarks.convergence.optimizers import OPTIMIZERS, Optimizer
+from benchmarks.convergence import figures
+from benchmarks.convergence.optimizers import BASELINES, OPTIMIZERS, Optimizer
 from benchmarks.convergence.records import Records
 from benchmarks.convergence.tasks import TASKS
 
-HEADER = ("optimizer", "rate", "train loss", "valid. loss", "ms per step", "steps to loss", "seconds to loss")
+LOSSES = ("train loss", "after as many seconds", "valid. loss")
+HEADER = ("optimizer", "rate", *LOSSES, "ms per step", "steps to loss", "seconds to loss")
 
 
 class Summary:
@@ -25,21 +24,23 @@ class Summary:
 
     def __init__(self, records: Records, task: str, optimizer: Optimizer) -> None:
         runs, baseline = records.tests(task, optimizer.name), records.tests(task, optimizer.baseline)
-        seeds = sorted(runs.keys() & baseline.keys())
+        pairs = [(runs[seed], baseline[seed]) for seed in sorted(runs.keys() & baseline.keys())]
         self.rate = records.tested_rate(task, optimizer.name)
-        self.train, self.validation = [[getattr(runs[s], name) for s in seeds] for name in ("final", "validation")]
+        self.train, self.validation = [run.final for run, _ in pairs], [run.validation for run, _ in pairs]
         # A seed on which the baseline itself diverged says nothing about the steps to its loss.
-        reached = [(run.steps_to(run.final), runs[s].steps_to(run.final)) for s, run in baseline.items() if s in runs]
-        reached = [(own, steps) for own, steps in reached if math.isfinite(own)]
-        self.steps = [steps for _, steps in reached]
-        self.fewer_steps = _median([own / steps for own, steps in reached])
+        reached = [(run.steps_to(base.final), base.steps_to(base.final)) for run, base in pairs]
+        self.steps = [steps for steps, own in reached if math.isfinite(own)]
+        self.fewer_steps = _median(own / steps for steps, own in reached if math.isfinite(own))
         self.seconds, baseline_seconds = records.times.get((task, optimizer.name), (math.nan, math.nan))
-        self.less_time = self.fewer_steps * baseline_seconds / self.seconds
-        self.lower_train = _median([baseline[seed].final for seed in seeds]) / _median(self.train)
-        self.lower_validation = _median([baseline[seed].validation for seed in seeds]) / _median(self.validation)
+        self.dearer = self.seconds / baseline_seconds
+        self.less_time = self.fewer_steps / self.dearer
+        self.same_time = _median(run.loss_at(base.steps / self.dearer) for run, base in pairs)
+        self.lower_train = _median(base.final for _, base in pairs) / _median(self.train)
+        self.lower_validation = _median(base.validation for _, base in pairs) / _median(self.validation)
 
     def row(self, name: str) -> tuple[str, ...]:
-        losses = _with_range(self.train, ".4g"), _with_range(self.validation, ".4g")
+        timed = f"{self.same_time:.4g}".replace("inf", "∞").replace("nan", "–")
+        losses = _with_range(self.train, ".4g"), timed, _with_range(self.validation, ".4g")
         steps = seconds = "–"
         if any(map(math.isfinite, self.steps)):
             steps = _with_range(self.steps, ".0f")
@@ -49,8 +50,9 @@ class Summary:
         return name, f"{self.rate:.2g}", *losses, f"{1000 * self.seconds:.2f}", steps, seconds
 
 
-def _median(values: list[float]) -> float:
-    return statistics.median(values) if values else math.nan
+def _median(values: Iterable[float]) -> float:
+    found = list(values)
+    return statistics.median(found) if found else math.nan
 
 
 def _with_range(values: list[float], form: str) -> str:
@@ -62,7 +64,7 @@ def summaries(records: Records) -> dict[tuple[str, str], Summary]:
     return {
         (task, name): Summary(records, task, optimizer)
         for task in TASKS
-        for name, optimizer in sorted(OPTIMIZERS.items(), key=lambda item: list(OPTIMIZERS).index(item[1].baseline))
+        for name, optimizer in sorted(OPTIMIZERS.items(), key=lambda item: list(BASELINES).index(item[1].baseline))
         if records.tests(task, name) and records.tests(task, optimizer.baseline)
     }
 
@@ -71,49 +73,20 @@ def tables(records: Records, found: dict[tuple[str, str], Summary]) -> str:
     """One Markdown table for each task."""
     parts = []
     for task in dict.fromkeys(task for task, _ in found):
-        steps = next(iter(records.tests(task, next(n for t, n in found if t == task)).values())).steps
-        rows = [summary.row(name) for (here, name), summary in found.items() if here == task]
-        parts.append(f"### {task}: {steps} steps of {TASKS[task].batch_size} examples\n\n{table(HEADER, rows)}")
+        rows = {name: summary.row(name) for (here, name), summary in found.items() if here == task}
+        steps = next(iter(records.tests(task, next(iter(rows))).values())).steps
+        title = f"### {task}: {steps} steps of {TASKS[task].batch_size} examples"
+        parts.append(f"{title}\n\n{table(HEADER, rows.values())}")
     return "\n\n".join(parts)
 
 
-PANELS: dict[str, Callable[[Summary], float]] = {
-    "steps to the baseline's final training loss": lambda summary: summary.fewer_steps,
-    "seconds to the baseline's final training loss": lambda summary: summary.less_time,
-    "final training loss": lambda summary: summary.lower_train,
-    "final validation loss": lambda summary: summary.lower_validation,
-}
-
-
-def plot(found: dict[tuple[str, str], Summary]) -> Figure:
-    """A panel for each figure: tasks against optimizers, as how many times better than the baseline."""
-    tasks = list(dict.fromkeys(task for task, _ in found))
-    names = list(dict.fromkeys(name for _, name in found if OPTIMIZERS[name].baseline != name))
-    labels = [f"{name}  (against {OPTIMIZERS[name].baseline})" for name in names]
-    figure = Figure(figsize=(5 + 1.5 * len(tasks), 2.5 + 0.6 * len(names)), layout="constrained")
-    figure.suptitle("Baseline ÷ optimizer: above 1 (blue) is better. – never reached, × diverged")
-    for number, (axes, (title, figure_of)) in enumerate(zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True)):
-        known = {key: figure_of(found[key]) for key in ((t, n) for t in tasks for n in names) if key in found}
-        colors = [[known.get((task, name)) or math.nan for task in tasks] for name in names]
-        axes.imshow(colors, cmap="RdBu", norm=LogNorm(1 / 4, 4), aspect="auto")
-        axes.set_facecolor("lightgrey")
-        for (task, name), value in known.items():
-            diverged = math.isinf(_median(found[task, name].train))
-            text = "×" if diverged else f"{value:.2f}" if value else "–"
-            color = "white" if value and not 1 / 2 < value < 2 else "black"
-            axes.text(tasks.index(task), names.index(name), text, color=color, ha="center", va="center", fontsize=8)
-        axes.set_title(title, fontsize=10)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", fontsize=8)
-        axes.set_yticks(range(len(names)), labels if number % 2 == 0 else [""] * len(names), fontsize=8)
-    return figure
-
-
 def write(records: Records, directory: Path) -> None:
-    """Prints the tables, puts them into `convergence.md` of the directory, and draws `convergence.png` there."""
+    """Prints the tables, puts them into `convergence.md` of the directory, and draws the figures there."""
     found = summaries(records)
     if not found:
         print("Nothing to report: no optimizer has been tested together with its baseline yet.")
         return
     publish(tables(records, found), directory / "convergence.md", "convergence")
-    if any(OPTIMIZERS[name].baseline != name for _, name in found):
-        plot(found).savefig(directory / "convergence.png", dpi=110)
+    compared = {key: summary for key, summary in found.items() if key[1] not in BASELINES}
+    for name, figure in figures.draw(compared).items():
+        figure.savefig(directory / f"convergence_{name}.png")

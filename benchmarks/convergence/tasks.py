@@ -1,17 +1,20 @@
 """The tasks of the convergence benchmark: a model, its loss, its data, and the centres of the learning rates."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import numpy as np
 import optax
 from jax import Array
 from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 
+from benchmarks.common.models import ResNet, batch_norm
+from benchmarks.common.training import Loss
 from examples import characters, digits
 
 
@@ -33,18 +36,18 @@ class Task:
 
     Attributes:
       loss: from outputs and targets to a scalar.
+      rates: centres of the grids of learning rates for optimizers that are compared with SGD, AdamW and Muon.
       evaluated: how many training, and how many validation, examples the reported losses are taken over.
-      rates: centre of the grid of learning rates for each kind of optimizer.
     """
 
     name: str
     model: nn.Module
-    loss: Callable[[Array, Array], Array]
+    loss: Loss
     load: Callable[[], Data]
     steps: int
     batch_size: int
+    rates: tuple[float, float, float]
     evaluated: int = 1024
-    rates: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def batches(self, seed: int, steps: int) -> np.ndarray:
         """For each step the indices of its mini-batch."""
@@ -52,21 +55,61 @@ class Task:
 
 
 class ConvolutionalNetwork(nn.Module):
-    """Images with a pair of digits to logits (batch, 2, 10), with or without BatchNorm."""
+    """Images with a pair of digits to 20 logits, with or without BatchNorm."""
 
     normalize: bool = False
     widths: tuple[int, ...] = (16, 32, 32)
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = x[..., None]
         for width, stride in zip(self.widths, (1, 2, 2), strict=True):
             x = nn.Conv(width, (3, 3), strides=stride)(x)
-            if self.normalize:  # running statistics where they cannot be updated: in evaluation
-                x = nn.BatchNorm(use_running_average=not self.is_mutable_collection("batch_stats"), momentum=0.9)(x)
+            if self.normalize:
+                x = batch_norm(self)()(x)
             x = nn.relu(x)
         x = nn.relu(nn.Dense(64)(x.reshape(x.shape[0], -1)))
-        return nn.Dense(20)(x).reshape(-1, 2, 10)
+        return nn.Dense(20)(x)
+
+
+class Mixer(nn.Module):
+    """An MLP-Mixer: hidden layers along the patches and along the channels in turn; images of a pair to 20 logits."""
+
+    width: int = 64
+    depth: int = 2
+    patch: int = 5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.Conv(self.width, (self.patch,) * 2, (self.patch,) * 2, name="patches")(x)
+        x = x.reshape(x.shape[0], -1, self.width)
+        for _ in range(self.depth):
+            for axis in (1, 2):
+                y = nn.LayerNorm()(x).swapaxes(axis, 2)
+                y = nn.Dense(y.shape[-1])(nn.gelu(nn.Dense(2 * self.width)(y)))
+                x = x + y.swapaxes(axis, 2)
+        return nn.Dense(20, name="head")(nn.LayerNorm()(x).mean(1))
+
+
+class Decoder(nn.Module):
+    """A decoder without biases, with RMSNorm and SwiGLU: characters (batch, length) to their followers' logits."""
+
+    width: int = 64
+    depth: int = 2
+    heads: int = 2
+
+    @nn.compact
+    def __call__(self, text: Array) -> Array:
+        dense, heads = partial(nn.Dense, use_bias=False), (*text.shape, self.heads, -1)
+        normal = nn.initializers.normal(0.02)
+        positions = self.param("positions", normal, (1, text.shape[-1], self.width))
+        x = nn.Embed(characters.VOCABULARY, self.width, embedding_init=normal)(text) + positions
+        for _ in range(self.depth):
+            y = nn.RMSNorm()(x)
+            query, key, value = (dense(self.width)(y).reshape(heads) for _ in range(3))
+            x = x + dense(self.width)(jax.nn.dot_product_attention(query, key, value, is_causal=True).reshape(x.shape))
+            y = nn.RMSNorm()(x)
+            x = x + dense(self.width)(nn.silu(dense(3 * self.width)(y)) * dense(3 * self.width)(y))
+        return dense(characters.VOCABULARY, name="head")(nn.RMSNorm()(x))
 
 
 class Perceptron(nn.Module):
@@ -90,8 +133,9 @@ def summed_squared_error(outputs: Array, targets: Array) -> Array:
     return optax.squared_error(outputs, targets).sum((-2, -1)).mean()
 
 
-def cross_entropy(logits: Array, labels: Array) -> Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+def pair_cross_entropy(logits: Array, labels: Array) -> Array:
+    """The mean over both digits of the pairs."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.reshape(*labels.shape, 10), labels).mean()
 
 
 @cache
@@ -102,7 +146,7 @@ def images() -> Data:
 
 @cache
 def pairs(train: int = 8192, validation: int = 1024) -> Data:
-    """Pairs of digits side by side, each shifted at random by up to two pixels, in noise: 10×20 pixels."""
+    """Pairs of digits side by side, each shifted at random by up to two pixels, in noise: 10×20 pixels, one channel."""
     random = np.random.default_rng(0)
 
     def draw(split: digits.Split, number: int) -> Examples:
@@ -113,7 +157,7 @@ def pairs(train: int = 8192, validation: int = 1024) -> Data:
             row, column = shift
             canvas[place][row : row + 8, column : column + 8] = images[chosen[place]]
         canvas += random.normal(0, 0.3, canvas.shape)
-        return Examples(np.concatenate([canvas[:, 0], canvas[:, 1]], -1), labels[chosen])
+        return Examples(np.concatenate([canvas[:, 0], canvas[:, 1]], -1)[..., None], labels[chosen])
 
     splits = zip(digits.load(seed=0), (train, validation), strict=True)
     return Data(*(draw(split, number) for split, number in splits))
@@ -133,24 +177,24 @@ def diabetes() -> Data:
     return Data(Examples(x, y), Examples(x_validation, y_validation))
 
 
-def _rates(sgd: float, adamw: float, muon: float) -> dict[str, float]:
-    return {"sgd": sgd, "adamw": adamw, "muon": muon}
-
-
-AUTOENCODER, LANGUAGE = digits.Autoencoder(), characters.LanguageModel()
-RECTIFIED = digits.Autoencoder(activation=nn.relu)
-PLAIN, NORMALIZED = ConvolutionalNetwork(), ConvolutionalNetwork(normalize=True)
+AUTOENCODER, RECTIFIED = digits.Autoencoder(), digits.Autoencoder(activation=nn.relu)
+PLAIN, NORMALIZED, LANGUAGE = ConvolutionalNetwork(), ConvolutionalNetwork(normalize=True), characters.LanguageModel()
+RESIDUAL, CHARACTERS, PAIRS = ResNet(20, (1, 1, 1), 8, small_images=True), characters.cross_entropy, pair_cross_entropy
 
 TASKS = {
     task.name: task
     for task in (
-        Task("diabetes", Perceptron(), mean_squared_error, diabetes, 400, 64, rates=_rates(0.1, 0.03, 0.03)),
-        Task("autoencoder", AUTOENCODER, mean_squared_error, images, 400, 256, rates=_rates(1, 0.01, 0.03)),
-        Task("autoencoder_relu", RECTIFIED, mean_squared_error, images, 400, 256, rates=_rates(1, 0.01, 0.03)),
-        Task("autoencoder_sum", AUTOENCODER, summed_squared_error, images, 400, 256, rates=_rates(0.02, 0.01, 0.03)),
-        Task("cnn", PLAIN, cross_entropy, pairs, 250, 128, rates=_rates(0.2, 0.01, 0.06)),
-        Task("cnn_batchnorm", NORMALIZED, cross_entropy, pairs, 250, 128, rates=_rates(0.3, 0.01, 0.06)),
-        Task("lm_200", LANGUAGE, characters.cross_entropy, text, 200, 16, 128, _rates(0.3, 0.005, 0.03)),
-        Task("lm_500", LANGUAGE, characters.cross_entropy, text, 500, 16, 128, _rates(0.3, 0.005, 0.03)),
+        Task("diabetes", Perceptron(), mean_squared_error, diabetes, 400, 64, (0.1, 0.03, 0.03)),
+        Task("autoencoder", AUTOENCODER, mean_squared_error, images, 400, 256, (1, 0.01, 0.03)),
+        Task("autoencoder_relu", RECTIFIED, mean_squared_error, images, 400, 256, (1, 0.01, 0.03)),
+        Task("autoencoder_sum", AUTOENCODER, summed_squared_error, images, 400, 256, (0.02, 0.01, 0.03)),
+        Task("cnn", PLAIN, PAIRS, pairs, 250, 128, (0.2, 0.01, 0.06)),
+        Task("cnn_batchnorm", NORMALIZED, PAIRS, pairs, 250, 128, (0.3, 0.01, 0.06)),
+        Task("resnet", RESIDUAL, PAIRS, pairs, 400, 128, (0.3, 0.01, 0.06)),
+        Task("mixer", Mixer(), PAIRS, pairs, 400, 128, (0.2, 0.01, 0.03)),
+        Task("lm_200", LANGUAGE, CHARACTERS, text, 200, 16, (0.3, 0.005, 0.03), 128),
+        Task("lm_500", LANGUAGE, CHARACTERS, text, 500, 16, (0.3, 0.005, 0.03), 128),
+        Task("decoder_1000", Decoder(), CHARACTERS, text, 1000, 16, (0.3, 0.01, 0.03), 128),
+        Task("decoder_3000", Decoder(), CHARACTERS, text, 3000, 16, (0.3, 0.01, 0.03), 128),
     )
 }

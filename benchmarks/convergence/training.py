@@ -7,7 +7,6 @@ from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,7 @@ from jax import Array
 
 import eva_optax
 from benchmarks.common.timing import Carrying, in_turn
-from benchmarks.common.training import step_of
+from benchmarks.common.training import Loss, step_of
 from benchmarks.convergence.optimizers import Optimizer
 from benchmarks.convergence.tasks import Task
 
@@ -42,6 +41,10 @@ class Run(NamedTuple):
                 return (index + share) * self.steps / len(self.curve)
         return math.inf
 
+    def loss_at(self, steps: float) -> float:
+        """The training loss after so many steps, interpolated linearly; that at the end for more than were made."""
+        return float(np.interp(steps / self.steps * len(self.curve), np.arange(1, len(self.curve) + 1), self.curve))
+
 
 def schedule(rate: Array, steps: Array) -> optax.Schedule:
     """Linear warm-up over 5% of the steps, then a cosine to zero. Rate and number of steps may be traced."""
@@ -51,26 +54,26 @@ def schedule(rate: Array, steps: Array) -> optax.Schedule:
 
 
 @cache
-def train_step(model: Any, loss: Callable[[Array, Array], Array], optimizer: Optimizer) -> Callable[..., Any]:
+def train_step(model: Any, loss: Loss, optimizer: Optimizer) -> Callable[..., Any]:
     """A jitted step from (parameters, state, statistics): one compilation for all rates, seeds and horizons."""
-    model = eva_optax.tap(model, rank=optimizer.rank) if optimizer.tapped else model
+    tapped = optimizer.tap(model)
 
     @partial(jax.jit, donate_argnums=0)
     def step(carry: Any, rate: Array, steps: Array, inputs: Array, targets: Array) -> Any:
-        return step_of(model, loss, optimizer.build(schedule(rate, steps)))(*carry, inputs, targets)
+        return step_of(tapped, loss, optimizer.build(schedule(rate, steps)))(*carry, inputs, targets)
 
     return step
 
 
 @cache
-def evaluation(model: Any, loss: Callable[[Array, Array], Array]) -> Callable[..., Array]:
+def evaluation(model: Any, loss: Loss) -> Callable[..., Array]:
     """The loss from parameters without probes."""
     return jax.jit(lambda params, statistics, x, y: loss(model.apply({"params": params, **statistics}, x), y))
 
 
 @cache
-def _initialization(model: nn.Module, rank: int | None) -> Callable[..., Any]:
-    return jax.jit(eva_optax.tap(model, rank=rank).init)
+def _initialization(model: Any, tap: Callable[[Any], Any]) -> Callable[..., Any]:
+    return jax.jit(tap(model).init)
 
 
 def forget_programs() -> None:
@@ -82,33 +85,27 @@ def forget_programs() -> None:
 
 def start(task: Task, optimizer: Optimizer, seed: int) -> Any:
     """Parameters, state and statistics. The parameters are the same with and without probes."""
-    variables = dict(_initialization(task.model, optimizer.rank)(jax.random.key(seed), task.load().train.inputs[:1]))
+    variables = dict(_initialization(task.model, optimizer.tap)(jax.random.key(seed), task.load().train.inputs[:1]))
     params = variables.pop("params")
-    params = params if optimizer.tapped else eva_optax.strip(params)
     return params, optimizer.build(schedule(jnp.ones(()), jnp.ones(()))).init(params), variables
 
 
-def train(
-    task: Task, optimizer: Optimizer, rate: float, seed: int, steps: int, advance: Callable[[int], Any] = lambda _: None
-) -> Run:
-    """Trains once; `advance` is told how many steps were made. A run that diverges ends early, with infinite losses."""
+def train(task: Task, optimizer: Optimizer, rate: float, seed: int, steps: int) -> Run:
+    """Trains once. A run that diverges ends early, with infinite losses."""
     data, step, evaluate = task.load(), train_step(task.model, task.loss, optimizer), evaluation(task.model, task.loss)
     # Evaluated on the device's copies, taken once.
     train_part, validation_part = ([jnp.asarray(part[: task.evaluated]) for part in split] for split in data)
-    chunks = np.array_split(task.batches(seed, steps), POINTS)
     arguments = jnp.float32(rate), jnp.float32(steps)
     carry, curve = start(task, optimizer, seed), []
 
     def loss(inputs: Array, targets: Array) -> float:
         return float(evaluate(eva_optax.strip(carry[0]), carry[2], inputs, targets))
 
-    for chunk in chunks:
+    for chunk in np.array_split(task.batches(seed, steps), POINTS):
         for batch in chunk:
             carry = step(carry, *arguments, data.train.inputs[batch], data.train.targets[batch])
-        advance(len(chunk))
         curve.append(loss(*train_part))
         if not math.isfinite(curve[-1]):
-            advance(sum(map(len, chunks[len(curve) :])))
             return Run(steps, curve[:-1] + [math.inf] * (POINTS - len(curve) + 1), math.inf)
     return Run(steps, curve, loss(*validation_part))
 

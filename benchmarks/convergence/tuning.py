@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from benchmarks.convergence.optimizers import OPTIMIZERS, Optimizer
+from benchmarks.convergence.optimizers import BASELINES, OPTIMIZERS, Optimizer
 from benchmarks.convergence.records import Key, Records
 from benchmarks.convergence.tasks import Task
 from benchmarks.convergence.training import Run, time_steps, train
@@ -36,24 +35,18 @@ def tune(losses: dict[float, float], center: float, measure: Callable[[float], f
         extensions -= 1
 
 
-def measure(records: Records, task: Task, optimizer: Optimizer, steps: int, extensions: int, bar: Any) -> None:
+def measure(records: Records, task: Task, optimizer: Optimizer, steps: int, extensions: int) -> None:
     """Tunes and tests one optimizer on one task, but for the runs that are on record."""
 
     def run(role: str, rate: float, seed: int) -> Run:
         key = Key(task.name, optimizer.name, role, f"{rate:.3g}", seed)
         if key not in records.runs:
-            bar.set_postfix_str(f"{task.name}, {optimizer.name}, {role} {rate:.3g}", refresh=False)
-            records.add_run(key, train(task, optimizer, rate, seed, steps, bar.update))
+            records.add_run(key, train(task, optimizer, rate, seed, steps))
         return records.runs[key]
 
-    def tuning_loss(rate: float) -> float:
-        if rate not in first_grid:
-            bar.total += steps
-        return run("tune", rate, TUNING_SEED).final
-
-    center = task.rates[optimizer.baseline]
-    first_grid = [grid_rate(center, index) for index in range(*FIRST_GRID)]
-    rate = tune(records.tuned(task.name, optimizer.name), center, tuning_loss, extensions)
+    center = dict(zip(BASELINES, task.rates, strict=True))[optimizer.baseline]
+    tried = records.tuned(task.name, optimizer.name)
+    rate = tune(tried, center, lambda rate: run("tune", rate, TUNING_SEED).final, extensions)
     for seed in TEST_SEEDS:
         run("test", rate, seed)
 

@@ -1,18 +1,15 @@
 """What Eva may cost at most: the bars that the page of the documentation shows and that the tests hold."""
 
+import math
 from typing import NamedTuple
 
 from benchmarks.common.results import Key, Row
 
 
 class Bar(NamedTuple):
-    """The most that a figure of an optimizer may be: a ratio to SGD's, or of `overhead`, which compares by itself.
+    """The most that a figure of an optimizer may be, as a ratio to SGD's, less that of `beyond` where one is named.
 
-    Attributes:
-      what: what the page calls it.
-      figure: a column of the results.
-      beyond: an optimizer whose ratio to SGD is subtracted.
-      possible: False where docs/cost.md shows that no implementation can reach it.
+    `possible` is False where docs/cost.md shows that no implementation can reach it.
     """
 
     what: str
@@ -27,16 +24,16 @@ class Bar(NamedTuple):
     device: str = "v5e:2x2"
     target: str = "tpu"
 
-    def key(self, optimizer: str) -> Key:
-        return self.device, self.case, self.layout, self.prefetch, optimizer
+    @property
+    def group(self) -> Key:
+        return self.device, self.case, self.layout, self.prefetch
 
     def value(self, rows: dict[Key, Row]) -> float | None:
         """What was measured, None if it was not; rows are those of the target's results file."""
         names = "sgd", self.optimizer, *filter(None, [self.beyond])
-        found = [float(rows.get(self.key(name), {}).get(self.figure) or 0) for name in names]
-        if not all(self.key(name) in rows for name in names) or not found[0]:
-            return None
-        return (found[1] - sum(found[2:])) / found[0]
+        found = [float(rows.get((*self.group, name), {}).get(self.figure) or 0) or math.nan for name in names]
+        value = (found[1] - sum(found[2:])) / found[0]
+        return None if math.isnan(value) else value
 
 
 HBM, ACCESSED, PAYLOAD = "hbm_bytes", "bytes_accessed", "collective_bytes"
@@ -76,12 +73,12 @@ BARS = (
         for name in ("eva+sgd", "eva")
     ),
     *(
-        CPU._replace(what=f"CPU, {case} on 8 devices: {what}", case=case, figure=figure, most=most)
+        CPU._replace(what=f"CPU, {case} on 8 devices: {what}", case=case, figure=figure, most=most or payload)
         for case, payload in (("mlp", 1.01), ("gpt-12-scan", 1.01), ("bottlenecks", 1.02))
         for what, figure, most in (
             ("flops", "flops", 1.02),
             ("arguments", "argument_bytes", 1.01),
-            ("payload", PAYLOAD, payload),
+            ("payload", PAYLOAD, None),
             ("number of collectives", "collectives", 1.0),
         )
     ),

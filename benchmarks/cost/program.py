@@ -10,8 +10,9 @@ The payload of a collective is what it hands to the network: its operand, or for
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from benchmarks.cost.hlo import Instruction, Shape, parse_program
+from benchmarks.cost.hlo import Computation, Instruction, Shape, parse_program
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # Instructions that move nothing: names for buffers, and control flow, whose computations are walked instead.
@@ -19,9 +20,20 @@ CONTROL = ("while", "conditional", "call")
 NAMES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "domain")
 FREE = frozenset((*CONTROL, *NAMES, "partition-id", "replica-id", "opt-barrier", "optimization-barrier"))
 SLICES = ("slice", "dynamic-slice", "gather")
+UPDATE = "dynamic-update-slice"  # writes its second operand into its first
 # Calls of cuBLAS and cuDNN, whose last result is scratch space.
 LIBRARY_CALL = re.compile(r'custom_call_target="__cu')
-NO_TRAFFIC_CALLS = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "AssumeGatherIndices")
+NO_TRAFFIC_CALL = re.compile(
+    '"(AllocateBuffer|Sharding|SPMDFullToShardShape|SPMDShardToFullShape|AssumeGatherIndices)"'
+)
+
+
+class Run(NamedTuple):
+    """An instruction that runs, the computation that it stands in, and how often it runs."""
+
+    home: Computation
+    one: Instruction
+    times: float
 
 
 class Program:
@@ -30,26 +42,24 @@ class Program:
     def __init__(self, text: str) -> None:
         self.computations, self.entry = parse_program(text)
 
-    def walk(self) -> Iterator[tuple[str, Instruction, float]]:
-        """Every instruction that runs, with its computation and how often it runs; fusions are not entered."""
+    def walk(self) -> Iterator[Run]:
+        """Every instruction that runs; fusions are not entered."""
         yield from self._walk(self.entry, 1.0)
 
-    def _walk(self, name: str, times: float) -> Iterator[tuple[str, Instruction, float]]:
-        for instruction in self.computations[name].values():
-            yield name, instruction, times
-            if instruction.opcode == "while":
-                count = self.trip_count(instruction)
-                for body in instruction.called("body"):
-                    yield from self._walk(body, times * count)
-            elif instruction.opcode == "conditional":  # only one branch runs: the dearest counts
-                branches = instruction.called("branch_computations", "true_computation", "false_computation")
-                yield from self._walk(max(branches, key=self._cost), times)
-            elif instruction.opcode == "call":
-                for called in instruction.called("to_apply"):
+    def _walk(self, name: str, times: float) -> Iterator[Run]:
+        home = self.computations[name]
+        for one in home.values():
+            yield Run(home, one, times)
+            if one.opcode == "while":
+                for body in one.called("body"):
+                    yield from self._walk(body, times * self.trip_count(one))
+            elif one.opcode == "conditional":  # only one branch runs: the dearest counts
+                branches = one.called("branch_computations", "true_computation", "false_computation")
+                dearest = max(branches, key=lambda branch: sum(map(self._traffic, self._walk(branch, 1.0))))
+                yield from self._walk(dearest, times)
+            elif one.opcode == "call":
+                for called in one.called("to_apply"):
                     yield from self._walk(called, times)
-
-    def _cost(self, name: str) -> float:
-        return sum(times * self._traffic(where, one) for where, one, times in self._walk(name, 1.0))
 
     def trip_count(self, loop: Instruction) -> int:
         """How often a loop runs: as the compiler notes it, else the constant that its condition compares with.
@@ -57,30 +67,21 @@ class Program:
         Raises:
           ValueError: if neither tells.
         """
-        known = re.search(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)', loop.attributes)
-        if known:
-            return int(known[1])
         condition = self.computations[loop.called("condition")[0]].values()
-        constants = [one for one in condition if one.opcode == "constant" and one.shapes[0].dims == ()]
-        values = [re.match(r"constant\((\d+)\)", one.attributes) for one in constants]
-        numbers = [int(value[1]) for value in values if value]
-        if len(numbers) != 1:
+        limits = " ".join(one.attributes for one in condition if one.opcode == "constant")
+        known = re.findall(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)', loop.attributes)
+        known = known or re.findall(r"\((\d+)\)", limits)
+        if len(known) != 1:
             raise ValueError(f"benchmarks.cost.program: cannot tell how often loop {loop.name} runs.")
-        return numbers[0]
+        return int(known[0])
 
     def hbm_bytes(self) -> float:
         """Bytes that the program reads from and writes to HBM."""
-        return sum(bytes for _, bytes in self.by_instruction())
-
-    def by_instruction(self) -> list[tuple[Instruction, float]]:
-        """Each instruction with the bytes that it moves in all its runs, the dearest first."""
-        found = [(one, times * self._traffic(where, one)) for where, one, times in self.walk()]
-        return sorted((item for item in found if item[1]), key=lambda item: -item[1])
+        return sum(map(self._traffic, self.walk()))
 
     def launches(self) -> float:
         """How many instructions run; on a GPU each is a kernel, or a call of a library."""
-        idle = ("-done", "-update")
-        return sum(times for _, one, times in self.walk() if one.opcode not in FREE and not one.opcode.endswith(idle))
+        return sum(run.times for run in self.walk() if not _moves_nothing(run.one.opcode))
 
     def entry_instructions(self) -> int:
         """Instructions of the entry computation: a loop and a fusion are one each, names of buffers none."""
@@ -89,105 +90,75 @@ class Program:
     def collectives(self) -> dict[str, tuple[float, float]]:
         """For each kind of collective how many run, and their payload in bytes."""
         found: dict[str, tuple[float, float]] = {}
-        for where, one, times in self.walk():
-            for inner in (one, *self._inside(one)):
+        for home, one, times in self.walk():
+            inside = self._inside(one)
+            for place, inner in ((home, one), *((inside, inner) for inner in inside.values())):
                 kind = inner.opcode.removesuffix("-start")
-                if kind not in COLLECTIVES:
-                    continue
-                home = where if inner is one else self._home(one)
-                payload = sum(shape.payload for shape in self._operand_shapes(home, inner))
-                if kind == "all-gather":
-                    # The start form's type is (operands, results).
-                    shapes = inner.shapes[len(inner.operands) :] if inner.opcode != kind else inner.shapes
-                    payload = sum(shape.payload for shape in shapes)
-                count, total = found.get(kind, (0.0, 0.0))
-                found[kind] = count + times, total + times * payload
+                if kind in COLLECTIVES:
+                    operands = [shape for name in inner.operands for shape in place[name].shapes]
+                    shapes = _results(inner, len(operands)) if kind == "all-gather" else operands
+                    count, total = found.get(kind, (0.0, 0.0))
+                    found[kind] = count + times, total + times * sum(shape.payload for shape in shapes)
         return found
 
-    def _home(self, one: Instruction) -> str:
-        return one.called("calls")[0]
-
-    def _inside(self, one: Instruction) -> list[Instruction]:
+    def _inside(self, one: Instruction) -> Computation:
         """What a fusion, or an asynchronous wrapper, holds."""
-        if one.opcode not in ("fusion", "async-start"):
-            return []
-        return list(self.computations[self._home(one)].values())
+        return self.computations[one.called("calls")[0]] if one.opcode in ("fusion", "async-start") else {}
 
-    def _operand_shapes(self, where: str, one: Instruction) -> list[Shape]:
-        computation = self.computations[where]
-        return [shape for name in one.operands if name in computation for shape in computation[name].shapes]
-
-    def _traffic(self, where: str, one: Instruction) -> float:
-        opcode = one.opcode
-        if opcode in FREE or opcode.endswith(("-done", "-update")):
+    def _traffic(self, run: Run) -> float:
+        home, one, times = run
+        if _moves_nothing(one.opcode) or NO_TRAFFIC_CALL.search(one.attributes):
             return 0
-        if opcode == "custom-call" and any(f'"{name}"' in one.attributes for name in NO_TRAFFIC_CALLS):
-            return 0
-        operands = self._operand_shapes(where, one)
-        if opcode in ("fusion", "async-start"):
-            return self._fusion_traffic(where, one)
-        if opcode == "copy-start":  # its type is (destination, source, context)
-            return one.shapes[0].hbm + operands[0].hbm
-        results = one.shapes
-        if opcode.endswith("-start"):
-            # (operands, results, context) or, for an all-reduce, the results alone
-            many = len(operands)
-            results = one.shapes[many : 2 * many] if len(one.shapes) > many else one.shapes
-            opcode = opcode.removesuffix("-start")
-        if opcode == "custom-call" and LIBRARY_CALL.search(one.attributes):
-            return sum(shape.hbm for shape in (*results[: max(len(results) - 1, 1)], *operands))
-        written = sum(shape.hbm for shape in results)
-        if opcode in SLICES:
-            touched = 0 if operands[0].space else sum(shape.bytes for shape in results)
-            return written + touched + sum(shape.hbm for shape in operands[1:])
-        if opcode == "dynamic-update-slice":
-            return operands[1].hbm + (0 if results[0].space else operands[1].bytes)
-        if opcode == "scatter":  # reads and writes the rows that it updates
-            updates = operands[-1]
-            return sum(shape.hbm for shape in operands[1:]) + (0 if results[0].space else 2 * updates.bytes)
-        return written + sum(shape.hbm for shape in operands)
+        operands = [home[name].shapes for name in one.operands]
+        values, users, names, written = home, [one], one.operands, (one.name,)
+        if inside := self._inside(one):  # where parameters stand for the operands
+            values, users = inside, list(inside.values())
+            parameters = [inner for inner in users if inner.opcode == "parameter"]
+            names = [inner.name for inner in sorted(parameters, key=lambda inner: int(inner.attributes.strip("()")))]
+            root = next(inner for inner in users if inner.root)
+            written = root.operands if root.opcode == "tuple" else (root.name,)
+        full = [sum(shape.hbm for shape in shapes) for shapes in operands]
+        moved = sum(_touched(users, *pair) for pair in zip(names, full, strict=True) if pair[1])
+        results = _results(one, sum(map(len, operands)), len(written))
+        if len(written) == len(results):
+            return times * (moved + sum(_written(values, *pair) for pair in zip(written, results, strict=True)))
+        return times * (moved + sum(shape.hbm for shape in results))
 
-    def _fusion_traffic(self, where: str, one: Instruction) -> float:
-        inner = self.computations[self._home(one)]
-        outer = self.computations[where]
-        users: dict[str, list[Instruction]] = {}
-        for instruction in inner.values():
-            for name in instruction.operands:
-                users.setdefault(name, []).append(instruction)
 
-        def touched(name: str, full: float) -> float:
-            """Bytes that the users of a value read of it."""
-            total = 0.0
-            for user in users.get(name, []):
-                if user.opcode in SLICES and user.operands[0] == name and name not in user.operands[1:]:
-                    total += user.shapes[0].bytes
-                elif user.opcode == "bitcast":
-                    total += touched(user.name, full)
-                elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
-                    total += full
-            return min(total, full)
+def _moves_nothing(opcode: str) -> bool:
+    return opcode in FREE or opcode.endswith(("-done", "-update"))
 
-        def written(name: str, shape: Shape) -> float:
-            """Bytes that a result writes: an update in place only what it updates."""
-            instruction = inner[name]
-            while instruction.opcode == "bitcast":
-                instruction = inner[instruction.operands[0]]
-            if instruction.opcode == "dynamic-update-slice":
-                return min(inner[instruction.operands[1]].shapes[0].bytes, shape.hbm)
-            return shape.hbm
 
-        total = 0.0
-        for instruction in inner.values():
-            if instruction.opcode == "parameter":
-                match = re.match(r"parameter\((\d+)\)", instruction.attributes)
-                source = outer[one.operands[int(match[1])]] if match else instruction
-                hbm = sum(shape.hbm for shape in source.shapes)
-                total += touched(instruction.name, hbm) if hbm else 0
-        root = next(instruction for instruction in inner.values() if instruction.root)
-        names = list(root.operands) if root.opcode == "tuple" else [root.name]
-        results = one.shapes
-        if one.opcode == "async-start":  # ((operands), results, context)
-            results = one.shapes[len(one.operands) :][: len(names)]
-        if len(names) != len(results):
-            return total + sum(shape.hbm for shape in results)
-        return total + sum(written(name, shape) for name, shape in zip(names, results, strict=True))
+def _results(one: Instruction, operands: int, results: int = 0) -> tuple[Shape, ...]:
+    """The shapes that an instruction writes: the type of one that starts something holds more."""
+    if one.opcode == "copy-start":  # (destination, source, context)
+        return one.shapes[:1]
+    if one.opcode == "async-start":  # ((operands), results, context)
+        return one.shapes[operands:][:results]
+    if one.opcode.endswith("-start") and len(one.shapes) > operands:  # also (operands, results, context)
+        return one.shapes[operands : 2 * operands]
+    if one.opcode == "custom-call" and LIBRARY_CALL.search(one.attributes) and len(one.shapes) > 1:
+        return one.shapes[:-1]
+    return one.shapes
+
+
+def _touched(users: list[Instruction], name: str, full: float) -> float:
+    """Bytes that are read of a value, all of whose bytes are `full`."""
+    total = 0.0
+    for user in users:
+        opcode = user.opcode.removesuffix("-start")
+        if name in user.operands[1:] or (name in user.operands and opcode not in (*SLICES, UPDATE, "bitcast")):
+            total += full
+        elif name in user.operands and opcode in SLICES:
+            total += _results(user, len(user.operands))[0].bytes
+        elif name in user.operands and opcode == "bitcast":
+            total += _touched(users, user.name, full)
+    return min(total, full)
+
+
+def _written(values: Computation, name: str, shape: Shape) -> float:
+    """Bytes that a result writes: an update in place only what it updates."""
+    one = values[name]
+    while one.opcode == "bitcast":
+        one = values[one.operands[0]]
+    return min(values[one.operands[1]].shapes[0].bytes, shape.hbm) if one.opcode == UPDATE else shape.hbm

@@ -7,26 +7,22 @@ from benchmarks.common.results import Key, Row, publish, read_rows, table
 from benchmarks.cost.bars import BARS, OVERHEAD_BARS
 from benchmarks.cost.plans import KEYS
 
-TARGETS = {
-    "tpu": "On the TPU compiler",
-    "h100": "On the compiler for an H100",
-    "cpu": "On a CPU",
-    "gpu": "On a GPU",
+FIGURES = {  # the title of its table, the unit of SGD's value, and how large that is
+    "ms": ("Time of a step", "ms", 1),
+    "flops": ("Flops", "G", 1e9),
+    "hbm_bytes": ("HBM traffic of a step", "MB", 1e6),
+    "bytes_accessed": ("Bytes accessed, as XLA counts them", "MB", 1e6),
+    "launches": ("Kernels and calls of libraries", "", 1),
+    "argument_bytes": ("Arguments: parameters, state and batch", "MB", 1e6),
+    "peak_bytes": ("Peak memory", "MB", 1e6),
+    "collective_bytes": ("Payload of the collectives", "MB", 1e6),
+    "collectives": ("Number of collectives", "", 1),
 }
-# Title, column of the results, its unit for SGD, and what one unit is.
-HBM, ACCESSED = (
-    ("HBM traffic of a step", "hbm_bytes", "MB", 1e6),
-    ("Bytes accessed, as XLA counts them", "bytes_accessed", "MB", 1e6),
-)
-PEAK, PAYLOAD = ("Peak memory", "peak_bytes", "MB", 1e6), ("Payload of the collectives", "collective_bytes", "MB", 1e6)
-NUMBER, KERNELS = ("Number of collectives", "collectives", "", 1), ("Kernels and calls of libraries", "launches", "", 1)
-TIME, FLOPS = ("Time of a step", "ms", "ms", 1), ("Flops", "flops", "G", 1e9)
-ARGUMENTS = ("Arguments: parameters, state and batch", "argument_bytes", "MB", 1e6)
-TABLES = {
-    "tpu": (HBM, ACCESSED, PEAK, PAYLOAD, NUMBER),
-    "h100": (HBM, KERNELS, PEAK, PAYLOAD, NUMBER),
-    "cpu": (TIME, FLOPS, ARGUMENTS, PEAK, PAYLOAD, NUMBER),
-    "gpu": (TIME, FLOPS, ARGUMENTS, PEAK),
+TARGETS = {  # the title of its part of the page, and the figures there, in the order above
+    "tpu": ("On the TPU compiler", "hbm_bytes bytes_accessed peak_bytes collective_bytes collectives"),
+    "h100": ("On the compiler for an H100", "hbm_bytes launches peak_bytes collective_bytes collectives"),
+    "cpu": ("On a CPU", "ms flops argument_bytes peak_bytes collective_bytes collectives"),
+    "gpu": ("On a GPU", "ms flops argument_bytes peak_bytes"),
 }
 
 
@@ -35,22 +31,14 @@ def write_report(results: Path, page: Path) -> None:
     rows = {target: read_rows(results / f"cost_{target}.csv", KEYS) for target in TARGETS}
     overhead = {target: read_rows(results / f"overhead_{target}.csv", ("case", "optimizer")) for target in TARGETS}
     parts = [bars(rows), overhead_bars(overhead)]
-    parts += [
-        "\n\n".join((f"### {title}", *tables(target, rows[target], overhead[target])))
-        for target, title in TARGETS.items()
-        if rows[target] or overhead[target]
-    ]
+    parts += ["\n\n".join(tables(target, rows[target], overhead[target])) for target in TARGETS]
     publish("\n\n".join(filter(None, parts)), page, "cost")
 
 
 def bars(rows: dict[str, dict[Key, Row]]) -> str:
     """What was aimed at and what was reached, as far as it was measured."""
     values = [(bar, bar.value(rows[bar.target])) for bar in BARS]
-    lines = [
-        (bar.what, f"≤ {bar.most}", f"{value:.4f}", verdict(value, bar.most))
-        for bar, value in values
-        if value is not None
-    ]
+    lines = [(bar.what, *aim(bar.most, value, ".4f")) for bar, value in values if value is not None]
     title = "**Eva, ratio to SGD with momentum (v5e 2x2 without prefetching, where nothing else is said)**"
     return f"{title}\n\n{table(('what', 'aim', 'measured', ''), lines)}" if lines else ""
 
@@ -60,40 +48,35 @@ def overhead_bars(rows: dict[str, dict[Key, Row]]) -> str:
     lines = []
     for bar in OVERHEAD_BARS:
         for case in bar.cases:
-            value = rows[bar.target].get((case, bar.optimizer), {}).get(bar.figure)
-            if value:
-                line = bar.what, f"{case}, {bar.optimizer}", f"≤ {bar.most}", value, verdict(float(value), bar.most)
-                lines.append(line)
+            if value := rows[bar.target].get((case, bar.optimizer), {}).get(bar.figure):
+                lines.append((bar.what, f"{case}, {bar.optimizer}", *aim(bar.most, float(value), "g")))
     title = "**What is added to a step beside arithmetic**"
     return f"{title}\n\n{table(('what', 'where', 'aim', 'measured', ''), lines, 2)}" if lines else ""
 
 
-def verdict(value: float, most: float) -> str:
-    return "reached" if value <= most else "missed"
-
-
-def ratio(rows: dict[Key, Row], key: Key, figure: str) -> float | None:
-    """A figure relative to SGD's, None where it was not measured. Times are compared step by step."""
-    row, base = rows.get(key, {}), rows[(*key[:-1], "sgd")]
-    if not row.get(figure) or not float(base[figure] or 0):
-        return None
-    return float(row["time_ratio"]) if figure == "ms" else float(row[figure]) / float(base[figure])
+def aim(most: float, value: float, form: str) -> tuple[str, str, str]:
+    return f"≤ {most}", f"{value:{form}}", "reached" if value <= most else "missed"
 
 
 def tables(target: str, rows: dict[Key, Row], overhead: dict[Key, Row]) -> Iterator[str]:
-    """What it was measured with, and a table for each figure: SGD's value, others' ratios to it."""
+    """A title, what it was measured with, and a table for each figure: SGD's value, others' ratios to it."""
+    if not rows and not overhead:
+        return
+    title, figures = TARGETS[target]
+    yield f"### {title}"
     yield "With " + "; ".join(sorted({row["version"] for row in (*rows.values(), *overhead.values())})) + "."
     groups = list(dict.fromkeys(key[:-1] for key in rows if (*key[:-1], "sgd") in rows))
     optimizers = list(dict.fromkeys(key[-1] for key in rows if key[-1] != "sgd"))
-    for title, figure, unit, scale in TABLES[target]:
+    for figure in figures.split():
+        title, unit, scale = FIGURES[figure]
         lines = []
         for group in groups:
             ratios = [ratio(rows, (*group, optimizer), figure) for optimizer in optimizers]
-            if any(value is not None for value in ratios):
+            if any(ratios):
                 device, case, layout, prefetch = group
                 layout += ", prefetching" if target == "tpu" and prefetch == "yes" else ""
                 base = f"{float(rows[(*group, 'sgd')][figure]) / scale:,.5g} {unit}".rstrip()
-                lines.append((device, case, layout, base, *map(show, ratios)))
+                lines.append((device, case, layout, base, *ratios))
         if lines:
             yield f"**{title}**\n\n{table(('device', 'model', 'layout', 'sgd', *optimizers), lines, 3)}"
     if overhead:
@@ -102,5 +85,10 @@ def tables(target: str, rows: dict[Key, Row], overhead: dict[Key, Row]) -> Itera
         yield f"**More than without Eva, a tapped layer; times as ratios**\n\n{table(columns, lines, 2)}"
 
 
-def show(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}" if value < 10 else f"{value:.1f}"
+def ratio(rows: dict[Key, Row], key: Key, figure: str) -> str:
+    """A figure relative to SGD's, nothing where it was not measured. Times are compared step by step."""
+    row, base = rows.get(key, {}), rows[(*key[:-1], "sgd")]
+    if not row.get(figure) or not float(base[figure] or 0):
+        return ""
+    value = float(row["time_ratio"]) if figure == "ms" else float(row[figure]) / float(base[figure])
+    return f"{value:.4f}" if value < 10 else f"{value:.1f}"

@@ -9,18 +9,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eva_optax
-from benchmarks.cost.models import Case
 
 Path = tuple[str, ...]
+COLUMNS, ROWS = ("query", "key", "value", "up"), ("out", "down")  # layers split by their outputs, and by their inputs
 
 
-def parameter_specs(case: Case, params: Any, mesh: Mesh | None, layout: str) -> Callable[[Path, Any], P]:
+def parameter_specs(params: Any, mesh: Mesh | None, layout: str) -> Callable[[Path, Any], P]:
     """From the path and the shape of a leaf to its place: of parameters, of probes, and of state that is kept for them.
 
     A probe lies as its kernel does, along the axes that both have.
     """
     shapes = {path: leaf.shape for path, leaf in flat(params).items()}
-    specs = {path: _spec(case, path, shapes[path], mesh, layout) for path in flat(eva_optax.strip(params))}
+    specs = {path: _spec(path, shapes[path], mesh, layout) for path in flat(eva_optax.strip(params))}
     for path in shapes.keys() - specs.keys():
         specs[path] = P()
         if path[-1] in ("a", "b"):  # (*layer, "kronecker", kernel, leaf)
@@ -37,7 +37,7 @@ def parameter_specs(case: Case, params: Any, mesh: Mesh | None, layout: str) -> 
     return choose
 
 
-def _spec(case: Case, path: Path, shape: tuple[int, ...], mesh: Mesh | None, layout: str) -> P:
+def _spec(path: Path, shape: tuple[int, ...], mesh: Mesh | None, layout: str) -> P:
     """Where a parameter of the model lies.
 
     FSDP splits the largest axis that the mesh divides. Tensor parallelism splits column layers along their first output
@@ -53,9 +53,9 @@ def _spec(case: Case, path: Path, shape: tuple[int, ...], mesh: Mesh | None, lay
             axis = divided.index(max(divided))
     elif path[-1] == "embedding":
         axis = 0
-    elif any(name in case.columns for name in names):  # attention has heads before features
+    elif any(name in COLUMNS for name in names):  # attention has heads before features
         axis = len(shape) - (2 if any(name in ("query", "key", "value") for name in names) else 1)
-    elif any(name in case.rows for name in names) and names[-1] == "kernel":
+    elif any(name in ROWS for name in names) and names[-1] == "kernel":
         axis = int("blocks" in path)  # stacked
     if axis is None or shape[axis] % mesh.shape[along]:
         return P()

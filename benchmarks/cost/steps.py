@@ -12,34 +12,31 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import eva_optax
-from benchmarks.common.training import step_of
-from benchmarks.cost.models import Case, Kernels
+from benchmarks.common.models import Kernels
+from benchmarks.common.results import Key
+from benchmarks.common.training import step_of, untapped
+from benchmarks.cost.cases import UPDATES, Case, make_case
 from benchmarks.cost.sharding import parameter_specs, place
+from benchmarks.cost.targets import mesh_of
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How an optimizer is made, and whether it needs a tapped model."""
+    """How an optimizer is made, and what its model is tapped with."""
 
     make: Callable[[], optax.GradientTransformation]
-    tapped: bool = False
+    tap: Callable[[Any], Any] = eva_optax.tap
 
 
 momentum = partial(optax.sgd, 0.1, momentum=0.9)
-OPTIMIZERS: dict[str, Optimizer] = {
-    "sgd": Optimizer(momentum),
-    "adamw": Optimizer(lambda: optax.adamw(1e-3)),
-    "muon": Optimizer(lambda: optax.contrib.muon(1e-3)),
-    "eva+sgd": Optimizer(lambda: optax.chain(eva_optax.scale_by_eva(), momentum()), tapped=True),
-    "eva_f+sgd": Optimizer(lambda: optax.chain(eva_optax.scale_by_eva_f(), momentum()), tapped=True),
-    "eva": Optimizer(lambda: eva_optax.eva(0.1), tapped=True),
-    "eva_adamw": Optimizer(lambda: eva_optax.eva_adamw(1e-3), tapped=True),
-}
-# Kernels of 12 blocks of a GPT with 768 features, without embeddings: 85 million parameters.
-BLOCK = (*((name, 768, 768) for name in ("query", "key", "value", "out")), ("up", 768, 3072), ("down", 3072, 768))
-UPDATES = {
-    "update": Kernels(tuple((f"{name}_{layer}", *shape) for layer in range(12) for name, *shape in BLOCK)),
-    "update-stacked": Kernels(BLOCK, stacked=12),
+OPTIMIZERS = {
+    "sgd": Optimizer(momentum, untapped),
+    "adamw": Optimizer(lambda: optax.adamw(1e-3), untapped),
+    "muon": Optimizer(lambda: optax.contrib.muon(1e-3), untapped),
+    "eva+sgd": Optimizer(lambda: optax.chain(eva_optax.scale_by_eva(), momentum())),
+    "eva_f+sgd": Optimizer(lambda: optax.chain(eva_optax.scale_by_eva_f(), momentum())),
+    "eva": Optimizer(lambda: eva_optax.eva(0.1)),
+    "eva_adamw": Optimizer(lambda: eva_optax.eva_adamw(1e-3)),
 }
 
 
@@ -68,10 +65,19 @@ class Step:
         return jitted.trace(*self.arguments)
 
 
+def make_step(key: Key, target: str) -> Step:
+    """The step that a row of the results is about."""
+    device, case, layout, _, optimizer = key
+    mesh = mesh_of(device, layout, target)
+    if case in UPDATES:
+        return update_alone(UPDATES[case], OPTIMIZERS[optimizer], mesh)
+    chips = mesh.shape["data"] if mesh else 1
+    return training_step(make_case(case, target == "cpu", chips), OPTIMIZERS[optimizer], mesh, layout)
+
+
 def training_step(case: Case, optimizer: Optimizer, mesh: Mesh | None = None, layout: str = "single") -> Step:
     """The whole step: forward, backward, update; it takes and returns parameters, state and buffers."""
-    model = eva_optax.tap(case.model) if optimizer.tapped else case.model
-    tx = optimizer.make()
+    model, tx = optimizer.tap(case.model), optimizer.make()
 
     def start(x: Any) -> tuple[Any, Any, Any]:
         variables = dict(model.init(jax.random.key(0), x))
@@ -86,13 +92,12 @@ def training_step(case: Case, optimizer: Optimizer, mesh: Mesh | None = None, la
     rows = P("data") if layout != "single" else P()
     data = place((case.inputs, case.targets), lambda path, leaf: rows, mesh)
     step = step_of(model, case.loss, tx)
-    return Step(step, (*place(trees, parameter_specs(case, trees[0], mesh, layout), mesh), *data), 3, make)
+    return Step(step, (*place(trees, parameter_specs(trees[0], mesh, layout), mesh), *data), 3, make)
 
 
 def update_alone(kernels: Kernels, optimizer: Optimizer, mesh: Mesh | None = None) -> Step:
     """The update without forward and backward pass: gradients come from memory."""
-    model = eva_optax.tap(kernels) if optimizer.tapped else kernels
-    params = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    params = jax.eval_shape(optimizer.tap(kernels).init, jax.random.key(0))["params"]
     tx = optimizer.make()
 
     def update(params: Any, state: Any, grads: Any) -> Any:

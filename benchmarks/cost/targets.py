@@ -9,24 +9,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Targets whose programs are compiled and never run, with the package that has the compiler and what installs it.
+TARGETS = ("cpu", "gpu", "h100", "tpu")
+# Those whose programs are compiled and never run, with the package that has the compiler and what installs it.
 COMPILED = {"tpu": ("libtpu", "libtpu"), "h100": ("jax_cuda12_plugin", "'jax[cuda12]'")}
-# The size of the models that each target takes unless it is told otherwise.
-SIZES = {"cpu": "small", "gpu": "full", "h100": "full", "tpu": "full"}
 # Leaves a TPU's compiler no on-chip memory to prefetch into, so that the traffic is the program's own.
 NO_PREFETCH = {"xla_tpu_scoped_vmem_limit_kib": "120000"}
 
 
-def prepare_environment(target: str, devices: list[str] | None = None) -> None:
+def prepare_environment(target: str, device: str = "1 device") -> None:
     """Sets what must be set before JAX is imported.
 
     Raises:
       SystemExit: if the compiler for the target is not installed.
     """
-    if target in COMPILED:
-        package, requirement = COMPILED[target]
-        if find_spec(package) is None:
-            raise SystemExit(f"benchmarks.cost: --target {target} needs {package}: pip install {requirement}")
+    package, requirement = COMPILED.get(target, ("jax", "jax"))
+    if find_spec(package) is None:
+        raise SystemExit(f"benchmarks.cost: --target {target} needs {package}: pip install {requirement}")
     flags = ""
     if target == "tpu":
         wanted = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -37,8 +35,8 @@ def prepare_environment(target: str, devices: list[str] | None = None) -> None:
         os.environ.update(CUDA_VISIBLE_DEVICES="-1", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", JAX_PLATFORMS="")
     elif target == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-        if devices and devices[0] != "1 device":
-            flags = f"--xla_force_host_platform_device_count={devices[0].split()[0]}"
+        if device != "1 device":
+            flags = f"--xla_force_host_platform_device_count={device.split()[0]}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 
@@ -51,20 +49,17 @@ def devices_of(device: str, target: str) -> list[Any]:
     import jax
     from jax.experimental import topologies
 
-    if target not in COMPILED:
-        try:
-            return list(jax.devices(target))
-        except RuntimeError as error:
-            raise SystemExit(f"benchmarks.cost: --target {target} needs a GPU that JAX sees ({error})") from error
+    if target == "tpu":
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=device)
+        return list(topologies.make_mesh(topology, (len(topology.devices),), ("data",)).devices.flat)
     if target == "h100":
-        count, _, unit = device.partition(" ")
-        if not count.isdigit() or unit not in ("GPU", "GPUs"):
-            raise SystemExit(f"benchmarks.cost: --devices of an H100 are such as '1 GPU' and '8 GPUs', got {device!r}")
         described = Path(__file__).with_name("h100.txtpb").read_text()
-        shape = f"1x1x{count}"  # slices, hosts, GPUs of one host
+        shape = f"1x1x{device.split()[0]}"  # slices, hosts, GPUs of one host
         return list(topologies.get_topology_desc("", "cuda", target_config=described, topology=shape).devices)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=device)
-    return list(topologies.make_mesh(topology, (len(topology.devices),), ("data",)).devices.flat)
+    try:
+        return list(jax.devices(target))
+    except RuntimeError as error:
+        raise SystemExit(f"benchmarks.cost: --target {target} needs a GPU that JAX sees ({error})") from error
 
 
 def mesh_of(device: str, layout: str, target: str) -> Any:

@@ -1,4 +1,4 @@
-"""How a tensor is cut into blocks: small axes are merged into one, large ones are cut into pieces.
+"""How tensors are cut into blocks: small axes are merged into one, large ones are cut into pieces.
 
 Blocks of one shape lie side by side in a *region*: all whole ones in one, and those that are cut off at the end of an
 axis in others. A matrix has up to four regions.
@@ -36,10 +36,10 @@ class Region(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The blocks of a tensor.
+    """The blocks of tensors of one shape.
 
     Attributes:
-      shape: the tensor's.
+      shape: of each tensor.
       merged: the shape that is cut.
       regions: in which order the blocks are given; none for a tensor with less than two entries.
     """
@@ -48,29 +48,31 @@ class Blocks(NamedTuple):
     merged: Shape
     regions: tuple[Region, ...]
 
-    def cut(self, tensor: Array) -> list[Array]:
-        """The blocks of each region, stacked: (count, *block)."""
-        tensor, order = tensor.reshape(self.merged), len(self.merged)
+    def cut(self, tensors: Array) -> list[Array]:
+        """For each region the blocks of some tensors, stacked: (tensors, blocks, *block)."""
+        count, order = len(tensors), len(self.merged)
+        tensors = tensors.reshape(count, *self.merged)
         parts = []
         for start, counts, block in self.regions:
-            stop = [at + count * size for at, count, size in zip(start, counts, block, strict=True)]
-            part = tensor[tuple(slice(*ends) for ends in zip(start, stop, strict=True))]
-            part = part.reshape([number for pair in zip(counts, block, strict=True) for number in pair])
-            part = part.transpose([*range(0, 2 * order, 2), *range(1, 2 * order, 2)])
-            parts.append(part.reshape(-1, *block))
+            stop = [at + number * size for at, number, size in zip(start, counts, block, strict=True)]
+            part = tensors[(slice(None), *(slice(*ends) for ends in zip(start, stop, strict=True)))]
+            part = part.reshape([count, *(size for pair in zip(counts, block, strict=True) for size in pair)])
+            part = part.transpose([0, *range(1, 2 * order, 2), *range(2, 2 * order + 1, 2)])
+            parts.append(part.reshape(count, -1, *block))
         return parts
 
     def join(self, parts: Sequence[Array]) -> Array:
         """Undoes `cut`."""
-        order = len(self.merged)
+        count, order = len(parts[0]), len(self.merged)
+        interleaved = [axis for first in range(1, order + 1) for axis in (first, first + order)]
         whole = []
         for part, (_, counts, block) in zip(parts, self.regions, strict=True):
-            part = part.reshape(*counts, *block).transpose([axis for k in range(order) for axis in (k, order + k)])
-            whole.append(part.reshape([count * size for count, size in zip(counts, block, strict=True)]))
+            part = part.reshape(count, *counts, *block).transpose([0, *interleaved])
+            whole.append(part.reshape([count, *(number * size for number, size in zip(counts, block, strict=True))]))
         for axis in reversed(range(order)):
             beside = len({region.start[axis] for region in self.regions})
-            whole = [jnp.concatenate(whole[at : at + beside], axis) for at in range(0, len(whole), beside)]
-        return whole[0].reshape(self.shape)
+            whole = [jnp.concatenate(whole[at : at + beside], axis + 1) for at in range(0, len(whole), beside)]
+        return whole[0].reshape(count, *self.shape)
 
 
 @lru_cache(maxsize=1024)

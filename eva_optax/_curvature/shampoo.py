@@ -4,7 +4,7 @@ With G₍ₖ₎ the tensor as a matrix whose rows are axis k, L_k a sum or avera
 
     P = G ×₁ R₁ ×₂ R₂ …,   R_k = (L_k + εI)^(−1/(2o)).
 
-All functions work on some blocks of one shape, stacked.
+All functions work on blocks of one shape, (tensors, blocks, *block).
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,16 @@ from jax import Array
 
 from eva_optax._curvature.curvature import safe_divide
 
+_BATCH = 2  # axes in front
+
 
 class Roots(NamedTuple):
     """The roots of some blocks.
 
     Attributes:
-      matrices: R_k for each axis, (count, n, n).
-      condition: of the matrices that they are roots of, the largest condition number, (count, 1, 1).
-      step: the step in which they were made, 0 for the identity before, (count, 1, 1).
+      matrices: R_k for each axis, (tensors, blocks, n, n).
+      condition: the largest condition number of the matrices that they are roots of, (tensors, blocks, 1, 1).
+      step: the step in which they were made, 0 for the identity before, (tensors, blocks, 1, 1).
     """
 
     matrices: tuple[Array, ...]
@@ -31,21 +33,21 @@ class Roots(NamedTuple):
 
 
 def moments(blocks: Array) -> tuple[Array, ...]:
-    """G₍ₖ₎ G₍ₖ₎ᵀ for each axis k, (count, n, n)."""
+    """G₍ₖ₎ G₍ₖ₎ᵀ for each axis k, (tensors, blocks, n, n)."""
     axes, other = list(range(blocks.ndim)), blocks.ndim
     return tuple(
-        jnp.einsum(blocks, axes, blocks, _renamed(axes, axis, other), [0, axis, other], precision="highest")
-        for axis in axes[1:]
+        jnp.einsum(blocks, axes, blocks, _renamed(axes, axis, other), [0, 1, axis, other], precision="highest")
+        for axis in axes[_BATCH:]
     )
 
 
 def apply(roots: Sequence[Array], blocks: Array) -> Array:
     """G ×₁ R₁ ×₂ R₂ … of each block."""
     axes, other = list(range(blocks.ndim)), blocks.ndim
-    for axis, root in zip(axes[1:], roots, strict=True):
+    for axis, root in zip(axes[_BATCH:], roots, strict=True):
         result = _renamed(axes, axis, other)
         # Small eigenvalues have large roots, which rounding to less than single precision would fill with the others.
-        blocks = jnp.einsum(root, [0, other, axis], blocks, axes, result, precision="highest")
+        blocks = jnp.einsum(root, [0, 1, other, axis], blocks, axes, result, precision="highest")
     return blocks
 
 
@@ -55,6 +57,6 @@ def _renamed(axes: list[int], axis: int, other: int) -> list[int]:
 
 def graft(blocks: Array, lengths: Array) -> Array:
     """Each block as long as the block of `lengths` in its place."""
-    axes = tuple(range(1, blocks.ndim))
+    axes = tuple(range(_BATCH, blocks.ndim))
     norms = [jnp.sqrt(jnp.sum(part * part, axes, keepdims=True)) for part in (lengths, blocks)]
     return safe_divide(*norms) * blocks

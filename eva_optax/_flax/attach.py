@@ -68,7 +68,9 @@ def strip(tree: Any) -> Any:
     """Removes every probe from a tree, for example before export.
 
     Also for what a loss computes from the parameters themselves: the norm of each, or `w / ‖w‖`, has no derivative
-    where it meets a probe, which is zero, and leaves NaN there.
+    where it meets a probe, which is zero, and leaves NaN there. And for counts and summaries: those of real parameters
+    are those of the stripped ones, as in the example, and ``nnx.display(strip(model))`` or ``nnx.tabulate(strip(model),
+    x)`` show an NNX model without probes, as ``tabulate`` of a tapped Linen model does by itself.
 
     Args:
       tree: parameters, variables, gradients or an optimizer state: any nesting of mappings, tuples and lists; or an
@@ -86,6 +88,8 @@ def strip(tree: Any) -> Any:
       >>> params = model.init(jax.random.key(0), jnp.ones((4, 3)))["params"]
       >>> sorted(eva_optax.strip(params))
       ['bias', 'kernel']
+      >>> sum(leaf.size for leaf in jax.tree.leaves(eva_optax.strip(params)))  # how many parameters the model has
+      8
     """
     if is_nnx_module(tree):
         from eva_optax._flax.nnx import untapped_copy

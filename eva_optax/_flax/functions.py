@@ -31,6 +31,8 @@ def tap(
     (a, b), the mean input and the summed output cotangent of the layer; see `vectors`. Outputs, initial values, random
     streams and the gradients of real parameters are those of `model`.
 
+    Where to start: ``tap(model, rank=16)`` and `eva_adamw`.
+
     An `nnx.Module` is changed in place, as by `model.train()`, and returned: its layers get tapped subclasses of their
     classes, and probes, which are `nnx.Param`. Tap it before its optimizer is made. Tapping it again taps what is new.
 
@@ -58,9 +60,9 @@ def tap(
       **kwargs: likewise.
 
     Returns:
-      The NNX model, or for a Linen module a `TappedModule`: `init`, `init_with_output`, `lazy_init`, `apply`, `bind`,
-      `tabulate` and `clone` are those of `model`, tapped; other attributes pass through. It compares and hashes like
-      the model.
+      The NNX model, or for a Linen module a `TappedModule`: `init`, `init_with_output`, `lazy_init`, `apply`, `bind`
+      and `clone` are those of `model`, tapped; other attributes pass through, and `tabulate` shows no probes. It
+      compares and hashes like the model.
 
     Raises:
       TypeError: if `model` is no Flax module, or a Linen module is given a call's arguments.

@@ -16,8 +16,7 @@ from eva_optax._flax.tapped_module import TappedModule
 from eva_optax._probes.layers import has_probes
 from eva_optax._probes.probe import KRONECKER, VECTORS, KernelShapes, Path, name_is_taken, probe_name
 
-# The first came with Flax 0.12.1.
-_REPARAMETRISING = tuple(getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name))
+_REPARAMETRISING = (nnx.WeightNorm, nnx.SpectralNorm)
 
 
 def tap_module(

@@ -56,7 +56,7 @@ def tapped_class(
         if call is not None:
             namespace["__call__"] = call
 
-    return types.new_class(f"Tapped{cls.__name__}", bases, pytree, body)
+    return types.new_class(cls.__name__, bases, pytree, body)  # what `repr` and `nnx.display` call it
 
 
 def _tapped_call(cls: type, kind: AnyKind) -> Callable[..., Any]:

@@ -58,11 +58,6 @@ class TappedModule:
         with self.tapping():
             return self.module.apply(*args, **kwargs)
 
-    def tabulate(self, *args: Any, **kwargs: Any) -> str:
-        """`module.tabulate`, probes included."""
-        with self.tapping():
-            return self.module.tabulate(*args, **kwargs)
-
     def bind(self, *args: Any, **kwargs: Any) -> "BoundModule":
         """`module.bind`; calls of the bound module's methods and submodules are tapped."""
         return BoundModule(self.module.bind(*args, **kwargs), self)

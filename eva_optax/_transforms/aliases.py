@@ -16,7 +16,7 @@ from eva_optax._transforms.options import check_decay, check_positive
 def eva_adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.95,
+    b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     eps_root: ArrayLike = 0.0,
     mu_dtype: Any | None = None,
@@ -34,13 +34,15 @@ def eva_adamw(
 
     .. math::  w_{t+1} = w_t - \eta_t \bigl(R_t \cdot \mathrm{Adam}(R_t G_t) + \lambda w_t\bigr)
 
-    with R of `conjugate`. Arguments are those of `optax.adamw`, whose limit it is for a large damping, and those of
-    `conjugate`; only b2 is lower, because what Adam sees changes faster in moving coordinates.
+    with R of `conjugate`. Arguments and defaults are those of `optax.adamw`, whose limit it is for a large damping, and
+    those of `conjugate`. Where to start: this, for a model tapped with `tap(model, rank=16)`, at AdamW's learning rate.
+    Before long runs try b2 = 0.95 with and without Eva: what Adam sees changes faster in moving coordinates, and the
+    benchmarks of this library have it on both sides.
 
     Args:
       learning_rate: η, a number or a schedule.
       b1: decay of Adam's first moment.
-      b2: decay of Adam's second moment.
+      b2: decay of Adam's second moment; see above for 0.95.
       eps: added to the root of the second moment.
       eps_root: added below the root.
       mu_dtype: dtype of the first moment; the gradient's by default.
@@ -63,7 +65,7 @@ def eva_adamw(
 
     Example:
       >>> import eva_optax, flax.linen as nn, jax, jax.numpy as jnp
-      >>> model, x = eva_optax.tap(nn.Dense(2)), jnp.ones((4, 3))
+      >>> model, x = eva_optax.tap(nn.Dense(2), rank=16), jnp.ones((4, 3))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> tx = eva_optax.eva_adamw(1e-3)
       >>> state = tx.init(params)
@@ -100,7 +102,7 @@ def eva_muon(
     nesterov: bool = True,
     adaptive: bool = False,
     adam_b1: ArrayLike = 0.9,
-    adam_b2: ArrayLike = 0.95,
+    adam_b2: ArrayLike = 0.999,
     adam_eps_root: ArrayLike = 0.0,
     muon_weight_dimension_numbers: Any | Callable[[Any], Any] | None = None,
     damping: ArrayLike = 0.1,
@@ -114,7 +116,8 @@ def eva_muon(
     .. math::  w_{t+1} = w_t - \eta_t \bigl(R_t \cdot \mathrm{Muon}(R_t G_t) + \lambda w_t\bigr)
 
     with R of `conjugate`, and for Muon `optax.contrib.muon`: it orthogonalizes the momentum of the kernels of tapped
-    layers, axes and stacks as the layer has them, and runs Adam on everything else, embeddings included.
+    layers, axes and stacks as the layer has them, and runs Adam on everything else, embeddings included. Arguments that
+    it shares with `optax.contrib.muon` keep the defaults that they have there; adam_b2 = 0.95 is worth a try in both.
 
     Args:
       learning_rate: η, a number or a schedule, of Muon and Adam alike.

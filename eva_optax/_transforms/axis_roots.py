@@ -1,7 +1,8 @@
 """The driver of Shampoo: statistics of every step, roots of some, and the length of another method's step."""
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+import re
+from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import jax
@@ -16,6 +17,7 @@ from eva_optax._curvature.roots import Power, power
 from eva_optax._curvature.shampoo import Roots, apply, graft, moments
 from eva_optax._probes.layers import Tree, take_apart
 from eva_optax._probes.probe import accumulator, is_probe
+from eva_optax._probes.stacking import stack, unstack
 from eva_optax._probes.tap import replicate, shard_like
 from eva_optax._transforms.hidden_probes import hide_places
 from eva_optax._transforms.options import check_decay, check_names, check_nested, check_positive
@@ -72,18 +74,28 @@ class Options(NamedTuple):
             raise ValueError(f"eva_optax.{caller}: graft must be one of {get_args(Graft)} or None, got {self.graft!r}.")
 
 
-class _Parameter(NamedTuple):
-    """A parameter that is no probe: its name, its place among the leaves, how it is cut, and the dtype of averages."""
+class _Stack(NamedTuple):
+    """Parameters of one shape, whose paths differ in numbers alone: one operation for all of them.
+
+    Attributes:
+      name: of the first of them.
+      members: their places among all parameters that are no probes.
+      places: their places among the leaves of the tree.
+      blocks: how each is cut.
+      dtype: of what is kept of them.
+    """
 
     name: str
-    place: int
+    members: list[int]
+    places: list[int]
     blocks: Blocks
     dtype: Any
 
     @property
-    def shapes(self) -> list[list[tuple[int, int, int]]]:
-        """Those of its statistics, and of its roots, by region and axis."""
-        return [[(region.total, size, size) for size in region.block] for region in self.blocks.regions]
+    def shapes(self) -> list[list[tuple[int, ...]]]:
+        """Those of statistics and roots, by region and axis."""
+        front = len(self.places)
+        return [[(front, region.total, size, size) for size in region.block] for region in self.blocks.regions]
 
     def statistics(self) -> tuple[tuple[Array, ...], ...]:
         """Zeros."""
@@ -92,17 +104,25 @@ class _Parameter(NamedTuple):
     def roots(self) -> tuple[Roots, ...]:
         """Identities."""
 
-        def identity(shape: tuple[int, int, int]) -> Array:
-            return jnp.broadcast_to(jnp.eye(shape[-1], dtype=self.dtype), shape)
+        def start(*axes: tuple[int, ...]) -> Roots:
+            matrices = tuple(jnp.broadcast_to(jnp.eye(shape[-1], dtype=self.dtype), shape) for shape in axes)
+            numbers = (*axes[0][:2], 1, 1)
+            return Roots(matrices, jnp.ones(numbers, self.dtype), jnp.zeros(numbers, jnp.int32))
 
-        return tuple(
-            Roots(
-                tuple(map(identity, axes)),
-                jnp.ones((axes[0][0], 1, 1), self.dtype),
-                jnp.zeros((axes[0][0], 1, 1), jnp.int32),
-            )
-            for axes in self.shapes
-        )
+        return tuple(start(*axes) for axes in self.shapes)
+
+
+def _find_stacks(tree: Tree, options: Options) -> list[_Stack]:
+    found: dict[Any, _Stack] = {}
+    parameters = [(place, *item) for place, item in enumerate(tree.items()) if not is_probe(item[0])]
+    for member, (place, path, leaf) in enumerate(parameters):
+        shape, dtype = tuple(jnp.shape(leaf)), accumulator(leaf.dtype)
+        kind = *(re.sub(r"\d+", "", name) for name in path), shape, dtype
+        blocks = find_blocks(shape, options.block, options.merge)
+        stacked = found.setdefault(kind, _Stack("/".join(path), [], [], blocks, dtype))
+        stacked.members.append(member)
+        stacked.places.append(place)
+    return list(found.values())
 
 
 def precondition_axes(caller: str, options: Options) -> optax.GradientTransformation:
@@ -113,14 +133,14 @@ def precondition_axes(caller: str, options: Options) -> optax.GradientTransforma
         tree = take_apart(params)
         check_nested(caller, tree)
         check_names(caller, tree)
-        parameters = _find_parameters(tree, options)
+        stacks = _find_stacks(tree, options)
         zeros = hide_places(tree, [jnp.zeros_like(leaf, accumulator(leaf.dtype)) for leaf in tree.leaves])
         # `optax.tree.map_params` gives no parameters: one leaf then stands for what has not the form of parameters.
         return ShampooState(
             count=jnp.zeros((), jnp.int32),
-            observed=jnp.zeros(len(parameters), jnp.int32),
-            statistics={each.name: each.statistics() for each in parameters} or jnp.zeros(()),
-            roots={each.name: each.roots() for each in parameters} or jnp.zeros(()),
+            observed={each.name: jnp.zeros(len(each.places), jnp.int32) for each in stacks} or jnp.zeros(()),
+            statistics={each.name: each.statistics() for each in stacks} or jnp.zeros(()),
+            roots={each.name: each.roots() for each in stacks} or jnp.zeros(()),
             second_moments=zeros if options.has_second_moments else (),
             means=zeros if options.has_means else (),
             skipped=jnp.zeros((), jnp.int32),
@@ -130,63 +150,44 @@ def precondition_axes(caller: str, options: Options) -> optax.GradientTransforma
         del params
         check_state(caller, state, ShampooState)
         tree = take_apart(updates)
-        parameters = _find_parameters(tree, options)
-        _check_fit(caller, parameters, state)
+        stacks = _find_stacks(tree, options)
+        _check_fit(caller, stacks, state)
         step = jnp.asarray(optax.safe_increment(state.count))
-        taken = _Taken.of([tree.leaves[each.place] for each in parameters], state.observed)
-        gradients = taken.gradients
-
-        cut = [each.blocks.cut(replicate(g)) for each, g in zip(parameters, gradients, strict=True)]
-        new = [tuple(map(moments, parts)) for parts in cut]
-        statistics = taken.average([state.statistics[each.name] for each in parameters], new, options.decay)
-        old = [state.roots[each.name] for each in parameters]
-        roots, failed = _renew(lambda: taken.correct(statistics, options.decay), statistics, old, step, options)
-
-        means, second_moments, directions = [], [], gradients
-        if options.has_means:
-            means = taken.average(jax.tree.leaves(state.means), gradients, options.b1)
-            directions = taken.correct(means, options.b1)
-        lengths: Sequence[Array | None] = directions if options.graft == "grad" else [None] * len(parameters)
-        if options.has_second_moments:
-            squares = [jnp.square(gradient) for gradient in gradients]
-            second_moments = taken.average(jax.tree.leaves(state.second_moments), squares, options.graft_decay)
-            lengths = _normalize(directions, second_moments, taken, options)
+        taken = [_Taken.of(each, tree.leaves, state, options) for each in stacks]
+        roots, failed = _renew(taken, [state.roots[each.name] for each in stacks], step, options)
 
         leaves = [jnp.zeros_like(leaf) for leaf in tree.leaves]
+        means, second_moments = (jax.tree.leaves(part) for part in (state.means, state.second_moments))
         started = step >= jnp.asarray(options.start, step.dtype)
-        for index, each in enumerate(parameters):
-            leaf = tree.leaves[each.place]
-            made = _precondition(each.blocks, directions[index], lengths[index], roots[index], started)
-            leaves[each.place] = jnp.where(taken.valid[index], shard_like(made.astype(leaf.dtype), leaf), leaf)
-        names = [each.name for each in parameters]
+        for each, kept in zip(taken, roots, strict=True):
+            direction, length = each.gradient, None
+            if options.has_means:
+                mean = each.average(means, each.gradient, options.b1)
+                direction = mean / each.total(options.b1, mean)
+            if options.has_second_moments:
+                square = each.average(second_moments, jnp.square(each.gradient), options.graft_decay)
+                square = square / each.total(options.graft_decay, square) if options.graft == "adam" else square
+                length = direction / (jnp.sqrt(square) + jnp.asarray(options.graft_epsilon, square.dtype))
+            elif options.graft == "grad":
+                length = direction
+            each.place(_precondition(each.stack.blocks, direction, length, kept, started), tree.leaves, leaves)
         return tree.rebuild(leaves), ShampooState(
             count=step,
-            observed=taken.observed,
-            statistics=dict(zip(names, statistics, strict=True)) or state.statistics,
-            roots=dict(zip(names, roots, strict=True)) or state.roots,
+            observed={each.stack.name: each.observed for each in taken} or state.observed,
+            statistics={each.stack.name: each.statistics for each in taken} or state.statistics,
+            roots={each.stack.name: kept for each, kept in zip(taken, roots, strict=True)} or state.roots,
             second_moments=jax.tree.unflatten(jax.tree.structure(state.second_moments), second_moments),
             means=jax.tree.unflatten(jax.tree.structure(state.means), means),
-            skipped=state.skipped + jnp.sum(~taken.valid, dtype=jnp.int32) + failed,
+            skipped=sum((jnp.sum(~each.valid, dtype=jnp.int32) for each in taken), state.skipped + failed),
         )
 
     return optax.GradientTransformation(init, update)
 
 
-def _find_parameters(tree: Tree, options: Options) -> list[_Parameter]:
-    def blocks(leaf: Any) -> Blocks:
-        return find_blocks(tuple(jnp.shape(leaf)), options.block, options.merge)
-
-    return [
-        _Parameter("/".join(path), place, blocks(leaf), accumulator(leaf.dtype))
-        for place, (path, leaf) in enumerate(tree.items())
-        if not is_probe(path)
-    ]
-
-
-def _check_fit(caller: str, parameters: Sequence[_Parameter], state: ShampooState) -> None:
+def _check_fit(caller: str, stacks: Sequence[_Stack], state: ShampooState) -> None:
     """Raises ValueError if the state is of other parameters, or was made with other options."""
     held = state.statistics if isinstance(state.statistics, dict) else {}
-    wanted = {each.name: [shape for axes in each.shapes for shape in axes] for each in parameters}
+    wanted = {each.name: [shape for axes in each.shapes for shape in axes] for each in stacks}
     found = {name: [jnp.shape(leaf) for leaf in jax.tree.leaves(part)] for name, part in held.items()}
     for name in {**wanted, **found}:
         if wanted.get(name) != found.get(name):
@@ -198,106 +199,106 @@ def _check_fit(caller: str, parameters: Sequence[_Parameter], state: ShampooStat
 
 
 class _Taken(NamedTuple):
-    """The gradients of a step, as they are taken into averages.
+    """The gradients of some parameters in a step, as they are taken into averages.
 
     Attributes:
-      gradients: at least float32; zeros in the place of one that is not finite, or whose squares are not.
-      valid: which parameters have another.
+      stack: the parameters.
+      gradient: theirs, stacked; zeros in the place of one that is not finite, or whose squares are not.
+      valid: which have another.
       observed: how many each had until now.
+      statistics: with these gradients taken in.
     """
 
-    gradients: list[Array]
+    stack: _Stack
+    gradient: Array
     valid: Array
     observed: Array
+    statistics: tuple[tuple[Array, ...], ...] = ()
 
     @classmethod
-    def of(cls, leaves: Sequence[ArrayLike], observed: Array) -> Self:
-        """Of the gradients of all parameters."""
-        arrays = [jnp.asarray(leaf) for leaf in leaves]
-        gradients = [array.astype(accumulator(array.dtype)) for array in arrays]
+    def of(cls, each: _Stack, leaves: Sequence[ArrayLike], state: ShampooState, options: Options) -> Self:
+        """Takes the gradients of a step in."""
+        gradient = stack([replicate(jnp.asarray(leaves[place]).astype(each.dtype)) for place in each.places])
         # The sum of squares is the trace of every statistic, whose entries are not larger.
-        valid = [jnp.isfinite(jnp.sum(jnp.square(gradient))) for gradient in gradients]
-        usable = [jnp.where(good, gradient, 0) for good, gradient in zip(valid, gradients, strict=True)]
-        return cls(usable, jnp.array(valid, bool), observed + jnp.array(valid, jnp.int32))
+        valid = jnp.isfinite(jnp.sum(jnp.square(gradient), range(1, gradient.ndim)))
+        gradient = jnp.where(_along(valid, gradient), gradient, 0)
+        taken = cls(each, gradient, valid, state.observed[each.name] + valid)
+        new = tuple(map(moments, each.blocks.cut(gradient)))
+        mix = partial(taken._mix, decay=options.decay)
+        return taken._replace(statistics=jax.tree.map(mix, state.statistics[each.name], new))
 
-    def _weight(self, decay: ArrayLike) -> Array:
-        return jnp.asarray(decay, jnp.result_type(jnp.float32, *self.gradients))
+    def _mix(self, old: Array, new: Array, decay: ArrayLike) -> Array:
+        """decay·old + (1 − decay)·new, the sum for a decay of 1; `new` is zero where it is not valid."""
+        weight = jnp.asarray(decay, old.dtype)
+        return _along(jnp.where(self.valid, weight, 1), old) * old + jnp.where(weight < 1, 1 - weight, 1) * new
 
-    def average(self, old: Sequence[Any], new: Sequence[Any], decay: ArrayLike) -> list[Any]:
-        """decay·old + (1 − decay)·new for a tree of each parameter; the sum for a decay of 1."""
-        weight = self._weight(decay)
-        share = jnp.where(weight < 1, 1 - weight, 1)
-        weights = jnp.where(self.valid, weight, 1)  # the new is zero where it is not valid
-        return [
-            jax.tree.map(_mix(weights[index], share), *trees) for index, trees in enumerate(zip(old, new, strict=True))
-        ]
+    def average(self, averages: list[Array], new: Array, decay: ArrayLike) -> Array:
+        """Takes `new` into the averages of these parameters among those of all."""
+        old = stack([replicate(averages[member]) for member in self.stack.members])
+        mixed = self._mix(old, new, decay)
+        for member, part in zip(self.stack.members, unstack(mixed), strict=True):
+            averages[member] = shard_like(part, averages[member])
+        return mixed
 
-    def correct(self, averages: Sequence[Any], decay: ArrayLike) -> list[Any]:
-        """Averages divided by the weight of all that they have taken in, which started at zero."""
-        weight = self._weight(decay)
+    def total(self, decay: ArrayLike, average: Array) -> Array:
+        """The weight of all that an average, which started at zero, has taken in."""
+        weight = jnp.asarray(decay, average.dtype)
         totals = jnp.where((weight < 1) & (self.observed > 0), 1 - weight**self.observed, 1)
-        return [jax.tree.map(_divide(totals[index]), tree) for index, tree in enumerate(averages)]
+        return _along(totals, average)
+
+    def place(self, made: Array, gradients: Sequence[Any], leaves: list[Any]) -> None:
+        """Puts updates among `leaves`; a gradient that was not taken passes as it is."""
+        for index, (place, part) in enumerate(zip(self.stack.places, unstack(made), strict=True)):
+            like = gradients[place]
+            leaves[place] = jnp.where(self.valid[index], shard_like(part.astype(like.dtype), like), like)
 
 
-def _mix(weight: Array, share: Array) -> Callable[[Array, Array], Array]:
-    return lambda old, new: weight.astype(old.dtype) * old + share.astype(old.dtype) * new
-
-
-def _divide(total: Array) -> Callable[[Array], Array]:
-    return lambda average: average / total.astype(average.dtype)
+def _along(numbers: Array, like: Array) -> Array:
+    """One number for each of some stacked arrays."""
+    return numbers.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def _renew(
-    corrected: Callable[[], Sequence[Any]], statistics: Sequence[Any], old: Sequence[Any], step: Array, options: Options
+    taken: Sequence[_Taken], old: Sequence[tuple[Roots, ...]], step: Array, options: Options
 ) -> tuple[list[tuple[Roots, ...]], Array]:
-    """The roots of each parameter's regions after a step, and how many blocks kept old ones that were to be renewed."""
+    """The roots after a step, and how many blocks kept old ones that were to be renewed."""
+    regions = [(each, axes) for each in taken for axes in each.statistics]
 
-    def roots(stack: Array, exponents: Array) -> Power:
-        return power(stack, exponents, options.epsilon, options.relative)
+    def roots(stack: Array, exponents: Array, totals: Array) -> Power:
+        return power(stack / totals[:, None, None], exponents, options.epsilon, options.relative)
 
     def make() -> list[Roots]:
-        regions = [axes for regions in corrected() for axes in regions]
-        matrices = [matrix for axes in regions for matrix in axes]
-        exponents = [
-            -1 / (2 * len(axes)) if options.exponent is None else options.exponent for axes in regions for _ in axes
-        ]
-        powers = iter(in_stacks(roots, matrices, exponents))
+        matrices, exponents, totals = [], [], []
+        for each, axes in regions:
+            matrices += axes
+            exponents += [-1 / (2 * len(axes)) if options.exponent is None else options.exponent] * len(axes)
+            totals += [each.total(options.decay, axes[0])[..., 0, 0]] * len(axes)
+        powers = iter(in_stacks(roots, matrices, exponents, totals))
         made = []
-        for axes in regions:
-            matrices, conditions = zip(*(next(powers) for _ in axes), strict=True)
-            made.append(Roots(matrices, reduce(jnp.maximum, conditions), jnp.full(conditions[0].shape, step)))
+        for _, axes in regions:
+            chosen, conditions = zip(*(next(powers) for _ in axes), strict=True)
+            made.append(Roots(chosen, reduce(jnp.maximum, conditions), jnp.full(conditions[0].shape, step)))
         return made
 
     start, every = (jnp.asarray(number, step.dtype) for number in (options.start, options.every))
     due = (step == start) | ((step > start) & (step % every == 0))
-    chosen, new = renew(due, make, [roots for regions in old for roots in regions])
+    chosen, new = renew(due, make, [each for kept in old for each in kept])
     failed = jnp.zeros((), jnp.int32)
-    for axes, made in zip((axes for regions in statistics for axes in regions), new, strict=True):
+    for (_, axes), made in zip(regions, new, strict=True):
         # Zeros are no failure: there was no gradient yet.
-        failed += jnp.sum(due & ~made & (jnp.trace(axes[0], axis1=1, axis2=2) != 0), dtype=jnp.int32)
+        failed += jnp.sum(due & ~made & (jnp.trace(axes[0], axis1=2, axis2=3) != 0), dtype=jnp.int32)
     remaining = iter(chosen)
-    return [tuple(next(remaining) for _ in regions) for regions in old], failed
-
-
-def _normalize(
-    directions: Sequence[Array], second_moments: Sequence[Array], taken: _Taken, options: Options
-) -> list[Array]:
-    """The steps of RMSprop or Adam."""
-    squares = taken.correct(second_moments, options.graft_decay) if options.graft == "adam" else second_moments
-    return [
-        direction / (jnp.sqrt(square) + jnp.asarray(options.graft_epsilon, square.dtype))
-        for direction, square in zip(directions, squares, strict=True)
-    ]
+    return [tuple(next(remaining) for _ in kept) for kept in old], failed
 
 
 def _precondition(
     blocks: Blocks, direction: Array, length: Array | None, roots: Sequence[Roots], started: Array
 ) -> Array:
-    """A parameter's update; `length` is what is grafted."""
+    """The updates of some parameters; `length` is what is grafted."""
     if not blocks.regions:
         return direction if length is None else length
-    made = [apply(root.matrices, part) for root, part in zip(roots, blocks.cut(replicate(direction)), strict=True)]
+    made = [apply(each.matrices, part) for each, part in zip(roots, blocks.cut(direction), strict=True)]
     if length is not None:
-        parts = zip(made, blocks.cut(replicate(length)), strict=True)
+        parts = zip(made, blocks.cut(length), strict=True)
         made = [jnp.where(started, graft(part, wanted), wanted) for part, wanted in parts]
     return blocks.join(made)

@@ -1,13 +1,12 @@
-"""What an optimizer's state says about training: a flat dict to log, and a plot of it."""
+"""What an optimizer's state says about training, as a flat dict to log."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from eva_optax._probes.layers import layer_names, take_apart
 from eva_optax._probes.layout import find_stacked
@@ -23,25 +22,7 @@ from eva_optax._transforms.state import (
     SketchState,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 State = ScaleByEvaState | ConjugateState | SketchState | ScaleByKfacState | ShampooState
-
-_TITLES = {
-    "nu": "step-size factor ν",
-    "skipped": "skipped layers, in all",
-    "untapped": "steps without vectors, in all",
-    "cosine": "share of the gradient along the direction (cosine)",
-    "explained": "share of the inputs' mean square in the directions of the sketch",
-    "norm_a": "norm of the mean input ‖a‖",
-    "norm_b": "norm of the summed cotangent ‖b‖",
-    "norm": "norm of the means ‖V‖",
-    "trace": "mean square of the inputs",
-    "condition": "condition number",
-    "residual": "residual of the inverse",
-    "age": "steps since inverses and roots were made",
-}
 
 
 def diagnostics(state: Any) -> dict[str, Array]:
@@ -64,7 +45,8 @@ def diagnostics(state: Any) -> dict[str, Array]:
     "<layer>/residual"   its residual then, along one vector: from 0.1 on it is not used, and the old one is kept
     "<layer>/age"        steps since then
     "<name>/condition"   the largest condition number that a parameter's roots were made of (`scale_by_shampoo`)
-    "<name>/age"         for how many steps its oldest roots are kept
+    "<name>/age"         for how many steps its oldest roots are kept; "<name>[2]" is the third of the parameters of one
+                         shape whose names differ in numbers alone, of which "<name>" is the first
     ===================  ===============================================================================================
 
     Cosines come from sums that the update takes anyway, norms from the averages in the state; with `scale_by_foof` and
@@ -99,57 +81,6 @@ def diagnostics(state: Any) -> dict[str, Array]:
     return {f"{index}/{name}": value for index, part in enumerate(states) for name, value in _report(part)}
 
 
-def plot_diagnostics(history: Sequence[Mapping[str, ArrayLike]], steps: Sequence[int] | None = None) -> "Figure":
-    """Plots a history of `diagnostics` over training: a panel for each quantity, a line for each layer.
-
-    Args:
-      history: what `diagnostics` returned at each logged step.
-      steps: the numbers of these steps; 0, 1, 2, … by default.
-
-    Returns:
-      A matplotlib figure, to be shown or saved with ``figure.savefig("diagnostics.png")``.
-
-    Raises:
-      ValueError: if the history is empty, or `steps` has another length.
-      ImportError: if matplotlib is not installed.
-
-    Source: this library.
-
-    Example:
-      >>> import eva_optax
-      >>> history = [{"nu": 1.0, "head/cosine": 0.5}, {"nu": 0.5, "head/cosine": 0.25}]
-      >>> figure = eva_optax.plot_diagnostics(history, steps=[0, 10])
-      >>> [axis.get_title() for axis in figure.axes]
-      ['step-size factor ν', 'share of the gradient along the direction (cosine)']
-    """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("eva_optax.plot_diagnostics needs matplotlib: pip install matplotlib") from error
-    if not history:
-        raise ValueError(
-            "eva_optax.plot_diagnostics: history is empty. Give it what diagnostics returned, step by step."
-        )
-    steps = range(len(history)) if steps is None else steps
-    if len(steps) != len(history):
-        raise ValueError(f"eva_optax.plot_diagnostics: got {len(steps)} steps for a history of {len(history)}.")
-
-    panels: dict[str, list[str]] = {}
-    for key in history[0]:
-        panels.setdefault(key.rpartition("/")[2], []).append(key)
-    figure = Figure(figsize=(9, 2.4 * len(panels)), layout="constrained")
-    for axis, (quantity, keys) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-        colors = colormaps["viridis"](np.linspace(0, 0.9, len(keys)))
-        for key, color in zip(keys, colors, strict=True):
-            axis.plot(steps, [float(np.asarray(entry[key])) for entry in history], color=color, label=key)
-        axis.set_title(_TITLES.get(quantity, quantity), fontsize="medium")
-        if 1 < len(keys) <= 12:
-            axis.legend([key.rpartition("/")[0] for key in keys], fontsize="x-small", loc="center left")
-    figure.axes[-1].set_xlabel("step")
-    return figure
-
-
 def find_states(caller: str, tree: Any) -> list[State]:
     """The states of this library in `tree`, also inside one another, in their order.
 
@@ -180,7 +111,7 @@ def _find(tree: Any) -> Iterator[State]:
 
 def _unboxed(state: Any) -> Any:
     """A state whose single arrays are without the boxes that an optimizer of NNX puts around them."""
-    trees = ("vectors", "inner", "bases", "inverses", "statistics", "roots", "second_moments", "means")
+    trees = "vectors", "inner", "bases", "inverses", "statistics", "roots", "second_moments", "means", "observed"
     return state._replace(**{n: jax.tree.leaves(getattr(state, n))[0] for n in state._fields if n not in trees})
 
 
@@ -240,10 +171,13 @@ def _report(state: State) -> Iterator[tuple[str, Array]]:
 def _report_roots(state: ShampooState) -> Iterator[tuple[str, Array]]:
     yield "skipped", state.skipped
     for name, regions in state.roots.items():
-        if regions:
-            conditions, steps = (
-                jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves([getattr(root, field) for root in regions])])
-                for field in ("condition", "step")
-            )
-            yield f"{name}/condition", jnp.max(conditions)
-            yield f"{name}/age", state.count - jnp.min(steps)
+        if not regions:
+            continue
+        conditions, steps = (
+            jnp.concatenate([jax.tree.leaves(getattr(root, field))[0].squeeze((2, 3)) for root in regions], 1)
+            for field in ("condition", "step")
+        )
+        for index in range(len(conditions)):
+            key = f"{name}[{index}]" if len(conditions) > 1 else name
+            yield f"{key}/condition", jnp.max(conditions[index])
+            yield f"{key}/age", state.count - jnp.min(steps[index])

@@ -103,17 +103,18 @@ class ShampooState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 scalar.
-      observed: how many gradients of each parameter were taken in, int32; probes are none.
-      statistics: by the parameter's name, for each kind of block the sums or averages L of each axis, (count, n, n).
-      roots: by the parameter's name, for each kind of block its R of each axis, `matrices`, the largest `condition`
-        number of the matrices that these are roots of, and the `step` in which they were made.
+      observed: how many gradients of each parameter were taken in, int32. This and the next two are by name; parameters
+        of one shape whose names differ in numbers alone are stacked, under the name of the first.
+      statistics: for each kind of block the sums or averages L of each axis, (parameters, blocks, n, n).
+      roots: for each kind of block its R of each axis, `matrices`, the largest `condition` number of the matrices that
+        these are roots of, and the `step` in which they were made.
       second_moments: averages of squared gradients, shaped like the parameters; () unless "rms" or "adam" is grafted.
       means: averages of gradients, shaped like the parameters; () for b1 = 0.
       skipped: how many gradients and roots were not finite, int32 scalar.
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    observed: Array
+    observed: Any
     statistics: Any
     roots: Any
     second_moments: Any

@@ -13,9 +13,10 @@ import pytest
 from benchmarks.common.results import ROOT, read_rows
 from benchmarks.cost.bars import BARS, OVERHEAD_BARS, Bar
 from benchmarks.cost.cases import make_case
-from benchmarks.cost.measure import compile_step, make_step
+from benchmarks.cost.measure import compile_step
 from benchmarks.cost.overhead import overhead
 from benchmarks.cost.plans import KEYS
+from benchmarks.cost.steps import make_step
 
 
 def run_benchmark(folder: Path, *arguments: str) -> dict[tuple[str, ...], dict[str, str]]:
@@ -27,14 +28,14 @@ def run_benchmark(folder: Path, *arguments: str) -> dict[tuple[str, ...], dict[s
 
 
 @pytest.mark.parametrize(
-    "group", sorted({bar.key("")[:-1] for bar in BARS if bar.target == "cpu"}), ids=lambda group: "-".join(group[1:3])
+    "group", sorted({bar.group for bar in BARS if bar.target == "cpu"}), ids=lambda group: "-".join(group[1:3])
 )
 def test_a_step_on_eight_devices_costs_what_one_of_sgd_costs(group):
     rows = {}
     for optimizer in ("sgd", "eva+sgd"):
-        rows[*group, optimizer] = vars(compile_step(make_step(group, optimizer, "cpu", "small"))[1])
+        rows[*group, optimizer] = compile_step(make_step((*group, optimizer), "cpu"))[1]
     for bar in BARS:
-        if bar.key("")[:-1] == group:
+        if bar.group == group:
             value = bar.value(rows)
             assert value is not None
             assert value <= bar.most, (bar.what, value)
@@ -43,7 +44,7 @@ def test_a_step_on_eight_devices_costs_what_one_of_sgd_costs(group):
 @pytest.fixture(scope="module", params=["eva+sgd", "eva_adamw"])
 def added(request):
     """What an optimizer adds to a step, for each layer of an MLP."""
-    return request.param, overhead(make_case("mlp-20", "small"), request.param, None, repetitions=0)
+    return request.param, overhead(make_case("mlp-20"), request.param, None, repetitions=0)
 
 
 @pytest.mark.parametrize("figure", ["gradient", "update", "arrays", "entry"])
@@ -57,12 +58,10 @@ def test_what_is_added_to_a_step_stays_below_the_bars(figure, added):
 def check(bars: list[Bar], folder: Path) -> None:
     """Compiles what the bars need, and compares."""
     rows = {}
-    for group in sorted({bar.key("")[:-1] for bar in bars}):
-        here = [bar for bar in bars if bar.key("")[:-1] == group]
-        device, case, layout, prefetch = group
+    for group in sorted({bar.group for bar in bars}):
+        here = [bar for bar in bars if bar.group == group]
         optimizers = {name for bar in here for name in (bar.optimizer, bar.beyond) if name}
-        arguments = ("--target", here[0].target, "--devices", device, "--cases", case, "--layouts", layout)
-        rows |= run_benchmark(folder, *arguments, "--prefetch", prefetch, "--optimizers", *sorted(optimizers))
+        rows |= run_benchmark(folder, "--target", here[0].target, "--only", *group, *sorted(optimizers))
     for bar in bars:
         value = bar.value(rows)
         assert value is not None, bar.what
@@ -87,15 +86,15 @@ def test_a_gpu_compiler_sees_no_more_than_the_bars(case, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason='needs "jax[cuda12]"')
 def test_a_gpu_runs_few_kernels_more_for_each_layer(tmp_path):
     bars = [bar for bar in OVERHEAD_BARS if bar.target == "h100"]
-    cases = ("--cases", "mlp-20", "--optimizers", *{bar.optimizer for bar in bars})
-    run_benchmark(tmp_path, "--target", "h100", "--overhead", *cases, "--repetitions", "1")
+    optimizers = {bar.optimizer for bar in bars}
+    run_benchmark(tmp_path, "--target", "h100", "--overhead", "--only", "mlp-20", *optimizers)
     rows = read_rows(tmp_path / "overhead_h100.csv", ("case", "optimizer"))
     for bar in bars:
         assert float(rows["mlp-20", bar.optimizer][bar.figure]) <= bar.most, bar.what
 
 
 def results(optimizers: dict[str, float], bar: Bar) -> dict:
-    return {bar.key(name): {bar.figure: str(value)} for name, value in optimizers.items()}
+    return {(*bar.group, name): {bar.figure: str(value)} for name, value in optimizers.items()}
 
 
 def test_a_bar_is_a_ratio_to_sgd_or_one_less_another():
@@ -116,12 +115,11 @@ def test_every_bar_was_measured_at_least_once():
 
 @pytest.mark.slow
 def test_the_program_measures_only_what_is_missing(tmp_path):
-    arguments = ("--target", "cpu", "--size", "tiny", "--cases", "mlp", "--repetitions", "2", "--devices", "1 device")
-    first = run_benchmark(tmp_path, *arguments, "--optimizers", "eva")
+    first = run_benchmark(tmp_path, "--only", "1 device", "vit", "eva")
     assert [key[-1] for key in first] == ["sgd", "eva"]
-    assert float(first["1 device", "mlp", "single", "yes", "sgd"]["time_ratio"]) == 1
-    assert run_benchmark(tmp_path, *arguments, "--optimizers", "eva") == first  # times included
-    more = run_benchmark(tmp_path, *arguments, "--optimizers", "eva_f+sgd")
-    assert more.keys() - first.keys() == {("1 device", "mlp", "single", "yes", "eva_f+sgd")}
-    with next(tmp_path.glob("cost_cpu_tiny.csv")).open() as file:
+    assert float(first["1 device", "vit", "single", "yes", "sgd"]["time_ratio"]) == 1
+    assert run_benchmark(tmp_path, "--only", "1 device", "vit", "eva") == first  # times included
+    more = run_benchmark(tmp_path, "--only", "1 device", "vit", "eva_f+sgd")
+    assert more.keys() - first.keys() == {("1 device", "vit", "single", "yes", "eva_f+sgd")}
+    with next(tmp_path.glob("cost_cpu.csv")).open() as file:
         assert len(list(csv.DictReader(file))) == 3

@@ -1,7 +1,5 @@
 """What steps are compiled and timed, and how the program is told which; that taps repeat no work of the model."""
 
-import sys
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,13 +7,13 @@ import numpy as np
 import pytest
 
 import eva_optax
+from benchmarks.common.models import Kernels
 from benchmarks.common.results import publish
 from benchmarks.common.timing import Carrying, in_turn
 from benchmarks.cost import __main__ as program
-from benchmarks.cost import baselines, measure, plans, report, targets
-from benchmarks.cost.cases import make_case
-from benchmarks.cost.models import Kernels
-from benchmarks.cost.overhead import measure_overhead, tapped_layers
+from benchmarks.cost import measure, plans, report, targets
+from benchmarks.cost.cases import mlp
+from benchmarks.cost.overhead import tapped_layers
 from benchmarks.cost.steps import OPTIMIZERS, update_alone
 
 
@@ -60,7 +58,7 @@ def test_the_mean_patch_of_a_strided_window_takes_about_one_pass(window, stride,
 
 
 def test_the_forward_pass_is_that_of_the_untapped_model():
-    case = make_case("mlp", "tiny")
+    case = mlp(8, 64)
     variables = jax.eval_shape(eva_optax.tap(case.model).init, jax.random.key(0), case.inputs)
 
     def text(model, params):
@@ -89,10 +87,10 @@ def test_steps_are_timed_in_turn():
 
 def test_times_are_medians_of_rounds_and_ratios_to_the_first_step(monkeypatch):
     rounds = {"sgd": [0.001, 0.002, 0.004], "eva": [0.002, 0.003, 0.012]}
-    monkeypatch.setattr(measure, "in_turn", lambda steps, repetitions: rounds)
+    monkeypatch.setattr(measure, "in_turn", lambda steps, count: rounds)
     step = update_alone(Kernels((("one", 4, 8),)), OPTIMIZERS["sgd"])
-    times = measure.time_in_turn(dict.fromkeys(rounds, (step.function, step)), 3)
-    assert times["sgd"] == {"ms": 2.0, "ms_low": 1.0, "ms_high": 4.0, "time_ratio": 1.0}
+    times = measure.time_in_turn(dict.fromkeys(rounds, (step.function, step)))
+    assert times["sgd"] == {"ms": 2.0, "time_ratio": 1.0}
     assert (times["eva"]["ms"], times["eva"]["time_ratio"]) == (3.0, 2.0)
 
 
@@ -131,7 +129,7 @@ def test_the_report_compares_with_sgd_and_says_what_was_missed(passes, verdict, 
     text = (tmp_path / "cost.md").read_text()
     assert f"| ≤ 1.21 | {passes / 5:.4f} | {verdict} |" in text
     assert f"| v5e:2x2 | update | single | 5 MB | {passes / 5:.4f} |" in text
-    assert f"| mlp-20, eva+sgd | ≤ 80 | {80.0 if verdict == 'reached' else 80.1} | {verdict} |" in text
+    assert f"| mlp-20, eva+sgd | ≤ 80 | {80 if verdict == 'reached' else 80.1} | {verdict} |" in text
     assert "| mlp |" not in text  # nothing to compare it with
 
 
@@ -146,12 +144,10 @@ def test_tables_replace_those_that_a_page_has(tmp_path):
     assert (text.count("first"), text.count("second")) == (0, 1)
 
 
-@pytest.mark.parametrize(("option", "message"), [("--cases", "no case 'nothing'"), ("--optimizers", "no optimizer")])
-@pytest.mark.parametrize("overhead", [False, True])
-def test_unknown_names_are_refused(option, message, overhead, tmp_path):
-    options = program.parse_arguments([option, "nothing", *["--overhead"][:overhead]])
-    with pytest.raises(SystemExit, match=message):
-        measure_overhead(tmp_path, options) if overhead else plans.chosen_plans(options)
+@pytest.mark.parametrize("planned", [plans.PLANS["tpu"], plans.OVERHEAD])
+def test_words_that_name_nothing_are_refused(planned):
+    with pytest.raises(SystemExit, match=r"--only 'nothing' names nothing that is planned; there are .*eva_adamw"):
+        plans.chosen(planned, ["mlp-20" if planned is plans.OVERHEAD else "mlp", "nothing"])
 
 
 def test_a_gpu_is_asked_for_where_there_is_none():
@@ -165,31 +161,18 @@ def test_a_gpu_is_asked_for_where_there_is_none():
 def test_a_missing_compiler_is_asked_for(target, advice, monkeypatch):
     monkeypatch.setattr(targets, "find_spec", lambda package: None)
     with pytest.raises(SystemExit, match=f"--target {target} needs .*: {advice}"):
-        targets.prepare_environment(target, None)
+        targets.prepare_environment(target)
 
 
-def test_baselines_run_on_a_cpu_only(capsys):
+def test_what_is_added_is_counted_for_two_targets(capsys):
     with pytest.raises(SystemExit):
-        program.parse_arguments(["--target", "tpu", "--baselines"])
-    assert "--baselines run on a CPU only, got --target tpu" in capsys.readouterr().err
+        program.parse_arguments(["--target", "tpu", "--overhead"])
+    assert "--overhead is counted for cpu and h100, got --target tpu" in capsys.readouterr().err
 
 
-def test_options_narrow_and_widen_what_is_planned():
-    options = program.parse_arguments(
-        ["--target", "tpu", "--devices", "v5p:4x4x4", "--cases", "vit", "update", "--optimizers", "eva"]
-    )
-    wanted = {
-        ("v5p:4x4x4", "vit", "data", "no"): ("sgd", "eva"),
-        ("v5p:4x4x4", "update", "single", "no"): ("sgd", "eva"),
-    }
-    assert plans.chosen_plans(options) == wanted
-    options = program.parse_arguments(["--target", "tpu", "--cases", "mlp", "--layouts", "data", "--prefetch", "no"])
-    found = plans.chosen_plans(options)
-    assert set(found) == {(device, "mlp", "data", "no") for device in ("v5e:2x2", "v5e:16x16", "v5p:2x2x1", "v6e:2x2")}
-    assert found["v5e:2x2", "mlp", "data", "no"] == plans.ALL
-    assert found["v6e:2x2", "mlp", "data", "no"] == plans.FEW
-
-
-def test_a_baseline_that_cannot_run_says_what_it_needs():
-    with pytest.raises(SystemExit, match=r"kfac-jax==0\.0\.8, jax==0\.7\.2"):
-        baselines.run_command("kfac", [sys.executable, "-c", "raise ImportError"])
+def test_words_narrow_what_is_planned():
+    planned = plans.PLANS["tpu"]
+    assert plans.chosen(planned, []) == planned
+    found = plans.chosen(planned, ["mlp", "vit", "data", "no", "eva+sgd", "adamw"])
+    groups = {("v5e:2x2", "vit"), *((device, "mlp") for device in ("v5e:2x2", "v5e:16x16", "v5p:2x2x1", "v6e:2x2"))}
+    assert sorted(found) == sorted((*group, "data", "no", name) for group in groups for name in ("eva+sgd", "adamw"))

@@ -6,9 +6,9 @@ import optax
 import pytest
 
 import eva_optax
+from benchmarks.common.models import MLP
 from benchmarks.common.training import gradient_of
-from benchmarks.cost.cases import make_case
-from benchmarks.cost.models import MLP
+from benchmarks.cost.cases import bottlenecks, gpt, mlp, squared_error
 from benchmarks.cost.overhead import count_equations, overhead, tapped_layers
 
 
@@ -33,27 +33,32 @@ def test_a_dense_layer_takes_as_many_equations_as_the_page_says(make, equations)
 
 
 def test_a_gradient_takes_as_many_equations_as_the_page_says():
-    def count(case, layers):
+    def count(layers):
         model = MLP(8, layers, jnp.tanh)
         params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((2, 8)))["params"]
-        return count_equations(gradient_of(model, case.loss), params, {}, jnp.ones((2, 8)), jnp.ones((2, 8)))
+        return count_equations(gradient_of(model, squared_error), params, {}, jnp.ones((2, 8)), jnp.ones((2, 8)))
 
-    case = make_case("mlp-20", "tiny")
-    assert count(case, 4) - count(case, 3) == 14
+    assert count(4) - count(3) == 14
 
 
 @pytest.mark.parametrize(
-    ("case", "layers"), [("mlp", (3, 3)), ("gpt-12", (12, 12)), ("gpt-12-scan", (6, 12)), ("bottlenecks", (4, 4))]
+    ("case", "layers"),
+    [
+        (mlp(8, 64), (3, 3)),
+        (gpt(1, 32, 32, 2, 2, 128), (12, 12)),
+        (gpt(1, 32, 32, 2, 2, 128, True), (6, 12)),
+        (bottlenecks(1, 8, 1, 8), (4, 4)),
+    ],
+    ids=["mlp", "gpt", "scanned gpt", "bottlenecks"],
 )
 def test_layers_that_are_tapped_are_counted(case, layers):
-    made = make_case(case, "tiny")
-    variables = jax.eval_shape(eva_optax.tap(made.model).init, jax.random.key(0), made.inputs)
+    variables = jax.eval_shape(eva_optax.tap(case.model).init, jax.random.key(0), case.inputs)
     assert tapped_layers(variables["params"]) == layers
 
 
 def test_an_optimizer_that_adds_nothing_adds_nothing(monkeypatch):
-    monkeypatch.setattr("benchmarks.cost.overhead.BASELINES", {"adamw": "adamw"})
+    monkeypatch.setattr("benchmarks.cost.overhead.ADDED_TO", {"adamw": "adamw"})
     monkeypatch.setattr("benchmarks.cost.overhead.tapped_layers", lambda params: (1, 1))
-    found = overhead(make_case("mlp", "tiny"), "adamw", None, repetitions=1)
+    found = overhead(mlp(8, 64), "adamw", None, repetitions=1)
     assert [found[name] for name in ("gradient", "update", "step", "arrays", "entry", "kernels")] == [0] * 6
     assert all(0.1 < found[stage] < 10 for stage in ("trace", "lower", "compile"))

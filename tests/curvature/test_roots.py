@@ -53,6 +53,8 @@ def test_what_rounding_leaves_of_zero_is_not_blown_up():
     made = power(jnp.asarray(matrix[None], jnp.float32), jnp.array([-0.5]), 1e-12, False)
     assert np.linalg.norm(made.matrix[0], 2) <= 1.01 * np.finfo(np.float32).eps ** -0.5
     assert made.condition[0, 0, 0] <= 1.01 / np.finfo(np.float32).eps
+    below = jnp.asarray(matrix[None] - 5e-7 * np.eye(6), jnp.float32)
+    assert np.linalg.norm(power(below, jnp.array([-0.5]), 1e-6, True).matrix[0], 2) <= 1.01e3
 
 
 def exponents_of(matrices: list[np.ndarray]) -> list[np.ndarray]:

@@ -1,25 +1,15 @@
 """NNX layers and models that the tests run through, with their Linen counterparts."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-
-# Flax 0.12.0 passes an argument to `jax.jit` that JAX 0.8.3 dropped.
-NNX_JIT_RUNS = flax.__version__ != "0.12.0" or "abstracted_axes" in inspect.signature(jax.jit).parameters
-
-
-def nnx_jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`nnx.jit`, where this pair of versions has it."""
-    return nnx.jit(function) if NNX_JIT_RUNS else function
 
 
 def random_state(model: nnx.Module, seed: int = 0) -> nnx.Module:

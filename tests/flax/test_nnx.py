@@ -27,7 +27,6 @@ from tests.flax.nnx_cases import (
     fast_jit,
     inputs,
     jit,
-    nnx_jit,
     pure,
     random_state,
 )
@@ -187,8 +186,8 @@ def test_vectors_of_half_precision_are_float32():
 def test_loss_and_gradients_are_those_of_the_untapped_model():
     x, labels = images()
     tapped, plain = network(), network(tapped=False)
-    value, grads = nnx_jit(nnx.value_and_grad(loss))(tapped, x, labels)
-    plain_value, plain_grads = nnx_jit(nnx.value_and_grad(loss))(plain, x, labels)
+    value, grads = nnx.jit(nnx.value_and_grad(loss))(tapped, x, labels)
+    plain_value, plain_grads = nnx.jit(nnx.value_and_grad(loss))(plain, x, labels)
     assert value == plain_value
     assert_trees_close(pure(eva_optax.strip(grads)), pure(plain_grads), 1e-6)
     assert isinstance(tapped.blocks[0], Doubled)
@@ -201,7 +200,7 @@ def test_ten_steps_of_an_nnx_optimizer_equal_ten_steps_of_plain_optax_and_of_lin
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     start = pure(nnx.state(model, nnx.Param))
 
-    @nnx_jit
+    @nnx.jit
     def step(model, optimizer):
         value, grads = nnx.value_and_grad(loss)(model, x, labels)
         optimizer.update(model, grads)
@@ -393,7 +392,7 @@ def test_bridge_to_linen(tapped_linen):
         model = eva_optax.tap(nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0)))
     x = inputs((5, 3))
     model.lazy_init(x)
-    value, grads = nnx_jit(nnx.value_and_grad(squares))(model, x)
+    value, grads = nnx.jit(nnx.value_and_grad(squares))(model, x)
     params = {"params": pure(params_of(model))}
     want = jax.grad(lambda v: jnp.sum(jnp.sin(eva_optax.tap(linen).apply(v, x))))(params)["params"]
     assert_trees_close(eva_optax.vectors(grads), eva_optax.vectors(want), 1e-5)
@@ -411,6 +410,15 @@ def test_tapping_a_bridge_with_parameters_says_what_to_do():
     model = nnx.bridge.ToNNX(nn.Dense(2), rngs=nnx.Rngs(0)).lazy_init(jnp.ones((1, 3)))
     with pytest.raises(ValueError, match="before lazy_init"):
         eva_optax.tap(model)
+
+
+def test_a_tapped_layer_is_shown_under_its_own_name_and_its_stripped_copy_as_if_never_tapped():
+    shown = repr(nnx.Linear(3, 2, rngs=nnx.Rngs(0))).splitlines()
+    model = eva_optax.tap(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), rank=2)
+    assert repr(model).startswith("Linear(")
+    assert sorted(line.strip(" ,") for line in repr(eva_optax.strip(model)).splitlines()) == sorted(
+        line.strip(" ,") for line in shown
+    )
 
 
 # Saving and copying
@@ -642,7 +650,7 @@ def test_models_may_be_tapped_where_they_are_made():
         return jax.tree.map(lambda leaf: leaf.shape, pure(nnx.state(model)))
 
     assert shapes(nnx.eval_shape(make)) == shapes(make())
-    made = nnx_jit(make)()
+    made = nnx.jit(make)()
     assert set(eva_optax.vectors(jit(nnx.grad(squares))(made, jnp.ones((2, 3))))) == {""}
 
 
@@ -680,7 +688,7 @@ def test_exceptions_leave_nothing_behind():
 
 
 def test_a_function_that_was_jitted_untapped_is_traced_again():
-    gradient = nnx_jit(nnx.grad(squares))
+    gradient = nnx.jit(nnx.grad(squares))
     model, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((2, 3))
     assert "kronecker" not in gradient(model, x)
     assert set(eva_optax.vectors(gradient(eva_optax.tap(model), x))) == {""}

@@ -1,5 +1,7 @@
 """The ready-made optimizers against what they are made of, and what all members check."""
 
+import inspect
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -118,16 +120,35 @@ def test_a_large_damping_leaves_adamw_and_muon(stacked):
     pairs = [
         (
             eva_optax.eva_adamw(rate, weight_decay=0.1, damping=1e12, mask=matrices),
-            optax.adamw(rate, b2=0.95, weight_decay=0.1, mask=matrices),
+            optax.adamw(rate, weight_decay=0.1, mask=matrices),
         ),
         (
             eva_optax.eva_muon(rate, damping=1e12),
-            optax.contrib.muon(rate, adam_b2=0.95, muon_weight_dimension_numbers=muon_axes(bare)),
+            optax.contrib.muon(rate, muon_weight_dimension_numbers=muon_axes(bare)),
         ),
     ]
     for mine, theirs in pairs:
         got, wanted = follow(mine, params, grads), follow(theirs, bare, eva_optax.strip(grads))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9), got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("alias", "of_optax", "shared", "different"),
+    [
+        (eva_optax.eva_adamw, optax.adamw, 9, {}),
+        (eva_optax.eva_muon, optax.contrib.muon, 12, {}),
+        # Published with momentum; with weight decay as an argument of the optimizer itself.
+        *((alias, optax.sgd, 2, {"momentum": 0.9}) for alias in (eva_optax.eva, eva_optax.eva_f, eva_optax.eva_s)),
+        *((alias, optax.add_decayed_weights, 1, {}) for alias in (eva_optax.eva, eva_optax.eva_f, eva_optax.eva_s)),
+    ],
+)
+def test_arguments_shared_with_optax_keep_its_defaults(alias, of_optax, shared, different):
+    mine, theirs = inspect.signature(alias).parameters, inspect.signature(of_optax).parameters
+    names = [name for name in mine if name in theirs]
+    assert len(names) == shared
+    assert {name: mine[name].default for name in names if mine[name].default != theirs[name].default} == different
+    if of_optax is optax.adamw:  # a drop-in: its positional arguments are Optax's, in order
+        assert [(n, mine[n].kind) for n in list(mine)[: len(theirs)]] == [(n, theirs[n].kind) for n in theirs]
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -141,10 +141,12 @@ def test_the_plot_has_a_panel_for_each_quantity_and_a_line_for_each_layer():
         _, state = update(gradient(params), state)
         history.append(jax.device_get(eva_optax.diagnostics(state)))
     figure = eva_optax.plot_diagnostics(history, steps=[0, 5, 10])
+    assert "ν: 1 " in figure.get_suptitle()
+    assert figure.get_suptitle().count(": 0") == 2  # nothing skipped, nothing untapped
     lines = {axis.get_title(): axis.get_lines() for axis in figure.axes}
-    assert len(lines) == 6
-    for title, drawn in lines.items():
-        assert len(drawn) == (2 if "‖" in title or "cosine" in title else 1)
+    assert len(lines) == 3
+    for drawn in lines.values():
+        assert len(drawn) == 2
         for line in drawn:
             np.testing.assert_array_equal(line.get_xdata(), [0, 5, 10])
             np.testing.assert_allclose(line.get_ydata(), [entry[line.get_label()] for entry in history])
@@ -152,3 +154,19 @@ def test_the_plot_has_a_panel_for_each_quantity_and_a_line_for_each_layer():
         eva_optax.plot_diagnostics([])
     with pytest.raises(ValueError, match="got 2 steps for a history of 3"):
         eva_optax.plot_diagnostics(history, steps=[0, 1])
+
+
+def test_the_plot_of_a_deep_model_has_a_bar_of_colours_and_one_whose_counters_moved_a_panel_for_them():
+    layers = [f"block_{index}" for index in range(100)]
+    history = [{"skipped": step, "untapped": 0.0} | {f"{name}/cosine": 0.5 for name in layers} for step in range(2)]
+    figure = eva_optax.plot_diagnostics(history)
+    skipped, cosines, bar = figure.axes
+    assert figure.get_suptitle() == "steps without vectors, in all: 0"
+    assert len(skipped.lines) == 1
+    assert len(cosines.lines) == 100
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    assert [label.get_text() for label in bar.get_yticklabels()] == [layers[i] for i in (0, 25, 50, 74, 99)]
+    colors = [line.get_color() for line in cosines.lines]
+    assert len(np.unique(colors, axis=0)) > 90
+    figure.draw_without_rendering()
+    assert len(eva_optax.plot_diagnostics([{"nu": 1.0}]).axes) == 1  # nothing else to draw

@@ -1,45 +1,12 @@
-"""The models whose step is measured, in Linen, with the shapes of one batch: nothing here allocates an array."""
+"""Models of usual kinds in Linen, any size of which either benchmark may take."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A model, the shapes of its batch and its loss.
-
-    Attributes:
-      model: the module, untapped.
-      inputs: what it is called with.
-      targets: what the loss compares its outputs with.
-      loss: from outputs and targets, a mean.
-      classes: how many values integers in `inputs` and `targets` take.
-      columns, rows: names of the layers that tensor parallelism splits along their output and along their input axis.
-    """
-
-    model: nn.Module
-    inputs: jax.ShapeDtypeStruct
-    targets: jax.ShapeDtypeStruct
-    loss: Callable[[Any, Any], Array]
-    classes: int = 1
-    columns: tuple[str, ...] = ("query", "key", "value", "up")
-    rows: tuple[str, ...] = ("out", "down")
-
-
-def cross_entropy(logits: Array, labels: Array) -> Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean()
-
-
-def squared_error(outputs: Array, targets: Array) -> Array:
-    return jnp.mean((outputs - targets) ** 2)
 
 
 class Kernels(nn.Module):
@@ -135,6 +102,12 @@ class ViT(nn.Module):
         return nn.Dense(self.classes, name="head")(nn.LayerNorm()(x).mean(1))
 
 
+def batch_norm(module: nn.Module) -> Callable[..., nn.BatchNorm]:
+    """BatchNorm with the batch's statistics where the running ones can be updated: in training."""
+    running = not module.is_mutable_collection("batch_stats")
+    return partial(nn.BatchNorm, use_running_average=running, momentum=0.9)
+
+
 class Bottleneck(nn.Module):
     """The block of ResNet-50."""
 
@@ -143,7 +116,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        conv, norm = partial(nn.Conv, use_bias=False), partial(nn.BatchNorm, use_running_average=False)
+        conv, norm = partial(nn.Conv, use_bias=False), batch_norm(self)
         y = nn.relu(norm()(conv(self.filters, (1, 1))(x)))
         y = nn.relu(norm()(conv(self.filters, (3, 3), self.strides)(y)))
         y = norm(scale_init=nn.initializers.zeros)(conv(4 * self.filters, (1, 1))(y))
@@ -153,21 +126,28 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network of bottlenecks; stages (3, 4, 6, 3) and 64 filters make ResNet-50."""
+    """A residual network of bottlenecks; stages (3, 4, 6, 3) and 64 filters make ResNet-50.
+
+    The stem quarters a photograph's sides. Small images stay as they are, and the head sees where things are.
+    """
 
     classes: int
     stages: tuple[int, ...] = (3, 4, 6, 3)
     filters: int = 64
+    small_images: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.Conv(self.filters, (7, 7), (2, 2), padding=3, use_bias=False, name="conv_init")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=False, name="norm_init")(x))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+        window, stride = (3, 1) if self.small_images else (7, 2)
+        stem = nn.Conv(self.filters, (window,) * 2, stride, window // 2, use_bias=False, name="conv_init")
+        x = nn.relu(batch_norm(self)(name="norm_init")(stem(x)))
+        if not self.small_images:
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         for stage, blocks in enumerate(self.stages):
             for block in range(blocks):
                 x = Bottleneck(self.filters * 2**stage, 2 if stage > 0 and block == 0 else 1)(x)
-        return nn.Dense(self.classes, name="head")(x.mean((1, 2)))
+        x = x.reshape(x.shape[0], -1) if self.small_images else x.mean((1, 2))
+        return nn.Dense(self.classes, name="head")(x)
 
 
 class Bottlenecks(nn.Module):
@@ -181,28 +161,7 @@ class Bottlenecks(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.relu(nn.BatchNorm(use_running_average=False)(x))
+        x = nn.relu(batch_norm(self)()(x))
         for block in range(self.blocks):
             x = Bottleneck(self.filters, 1 if block else 2)(x)
         return x.mean((1, 2))
-
-
-def mlp(batch: int, width: int, layers: int = 3, activation: Callable[[Array], Array] = nn.relu) -> Case:
-    x = jax.ShapeDtypeStruct((batch, width), jnp.float32)
-    return Case(MLP(width, layers, activation), x, x, squared_error)
-
-
-def gpt(batch: int, length: int, width: int, layers: int, heads: int, vocabulary: int, scan: bool = False) -> Case:
-    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    return Case(GPT(vocabulary, width, layers, heads, scan), tokens, tokens, cross_entropy, vocabulary)
-
-
-def images(batch: int, size: int, model: ResNet | ViT) -> Case:
-    x = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
-    return Case(model, x, jax.ShapeDtypeStruct((batch,), jnp.int32), cross_entropy, model.classes)
-
-
-def bottlenecks(batch: int, size: int, blocks: int, filters: int) -> Case:
-    x = jax.ShapeDtypeStruct((batch, size, size, 2 * filters), jnp.float32)
-    y = jax.ShapeDtypeStruct((batch, 4 * filters), jnp.float32)
-    return Case(Bottlenecks(blocks, filters), x, y, squared_error)
