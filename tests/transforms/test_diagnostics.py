@@ -115,9 +115,7 @@ def test_states_are_found_inside_wrappers_and_one_another():
     found = eva_optax.diagnostics(optax.MultiSteps(optax.chain(optax.clip(1.0), outer), 2).init(grads))
     assert {name.partition("/")[0] for name in found} == {"0", "1"}
     assert {"0/dense/cosine", "1/nu", "1/dense/kernel/cosine", "1/block/stacked/kernel/norm"} <= found.keys()
-    with pytest.raises(
-        ValueError, match=r"no ScaleByEvaState, .* in the state of type tuple"
-    ):
+    with pytest.raises(ValueError, match=r"no ScaleByEvaState, .* in the state of type tuple"):
         eva_optax.diagnostics(optax.adam(0.1).init(grads))
 
 
