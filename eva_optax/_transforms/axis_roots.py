@@ -1,7 +1,7 @@
 """The driver of Shampoo: statistics of every step, roots of some, and the length of another method's step."""
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -16,6 +16,7 @@ from eva_optax._curvature.roots import Power, power
 from eva_optax._curvature.shampoo import Roots, apply, graft
 from eva_optax._probes.layers import take_apart
 from eva_optax._probes.probe import accumulator
+from eva_optax._probes.tap import vary_like
 from eva_optax._transforms.hidden_probes import hide_places
 from eva_optax._transforms.options import check_decay, check_names, check_nested, check_positive
 from eva_optax._transforms.parameter_stacks import Taken, check_fit, find_stacks
@@ -132,7 +133,7 @@ def _renew(
     """The roots after a step, and how many blocks kept old ones that were to be renewed."""
     regions = [(each, axes) for each in taken for axes in each.statistics]
 
-    def roots(stack: Array, exponents: Array, totals: Array) -> Power:
+    def damped(stack: Array, exponents: Array, totals: Array) -> Power:
         return power(stack / totals[:, None, None], exponents, options.epsilon, options.relative)
 
     def make() -> list[Roots]:
@@ -141,7 +142,7 @@ def _renew(
             matrices += axes
             exponents += [-1 / (2 * len(axes)) if options.exponent is None else options.exponent] * len(axes)
             totals += [each.total(options.decay, axes[0])[..., 0, 0]] * len(axes)
-        powers = iter(in_stacks(roots, matrices, exponents, totals))
+        powers = iter(in_stacks(damped, matrices, exponents, totals))
         made = []
         for _, axes in regions:
             chosen, conditions = zip(*(next(powers) for _ in axes), strict=True)
@@ -150,13 +151,15 @@ def _renew(
 
     start, every = (jnp.asarray(number, step.dtype) for number in (options.start, options.every))
     due = (step == start) | ((step > start) & (step % every == 0))
-    chosen, new = renew(due, make, [each for kept in old for each in kept])
+    kept = [each for roots in old for each in roots]
+    kept = [jax.tree.map(partial(vary_like, leaf=axes[0]), part) for part, (_, axes) in zip(kept, regions, strict=True)]
+    chosen, new = renew(due, make, kept)
     failed = jnp.zeros((), jnp.int32)
     for (_, axes), made in zip(regions, new, strict=True):
         # Zeros are no failure: there was no gradient yet.
         failed += jnp.sum(due & ~made & (jnp.trace(axes[0], axis1=2, axis2=3) != 0), dtype=jnp.int32)
     remaining = iter(chosen)
-    return [tuple(next(remaining) for _ in kept) for kept in old], failed
+    return [tuple(next(remaining) for _ in roots) for roots in old], failed
 
 
 def _precondition(

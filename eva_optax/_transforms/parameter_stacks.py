@@ -81,7 +81,7 @@ def check_fit(caller: str, stacks: Sequence[Stack], state: ShampooState, average
       averages: which averages it must have.
     """
     for name, needed in averages.items():
-        if needed == (getattr(state, name) == ()):
+        if stacks and needed != bool(jax.tree.leaves(getattr(state, name))):
             raise ValueError(
                 f"eva_optax.{caller}: the state has {'no' if needed else 'unused'} {name}: it was made with another "
                 "graft or b1. Make the state with tx.init(params), with the same options."

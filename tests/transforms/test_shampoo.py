@@ -498,3 +498,19 @@ def test_eight_devices_equal_one_and_each_computes_its_share_of_the_roots(kind, 
         assert updates[name].sharding.is_equivalent_to(NamedSharding(mesh, spec), len(shapes[name])), name
     problems = re.findall(r"f64\[([\d,]+)\]\S*,[^=]*custom-call\(.*syevd", compiled.as_text())
     assert set(problems) == {"1,3,3", "1,8,8", "1,16,16"}
+
+
+def test_devices_may_each_have_gradients_of_their_own():
+    """Within `shard_map`, where nothing is shared out; and one array is a tree too."""
+    grads = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    tx = eva_optax.scale_by_shampoo(1e-2, start=1)
+
+    def step(gradient):
+        updates, state = tx.update(gradient[0], tx.init(gradient[0]))
+        return updates[None], eva_optax.diagnostics(state)["condition"][None]
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        apart = jax.jit(jax.shard_map(step, in_specs=P("data"), out_specs=P("data")))(grads)
+    together = [jax.jit(step)(gradient[None]) for gradient in grads]
+    assert_close(apart, tuple(np.concatenate(parts) for parts in zip(*together, strict=True)), 1e-5)
