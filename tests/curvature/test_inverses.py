@@ -118,11 +118,9 @@ def solve(a: np.ndarray, b: np.ndarray, gradient: np.ndarray, kind: str, relativ
         curvature = np.kron(a, b) + DAMPING * np.eye(gradient.size)
         return (1 + DAMPING if relative else 1) * np.linalg.solve(curvature, gradient.ravel()).reshape(gradient.shape)
     pi = np.sqrt(unit_a / unit_b)
-    shift_a, shift_b = (DAMPING, DAMPING) if relative or kind == "foof" else DAMPING**0.5 * np.array([pi, 1 / pi])
-    update = np.linalg.solve(a + shift_a * np.eye(len(a)), gradient) * (1 + DAMPING if relative else 1)
-    if kind == "foof":
-        return update
-    return np.linalg.solve(b + shift_b * np.eye(len(b)), update.T).T * (1 + DAMPING if relative else 1)
+    shift_a, shift_b = (DAMPING, DAMPING) if relative else DAMPING**0.5 * np.array([pi, 1 / pi])
+    update = np.linalg.solve(a + shift_a * np.eye(len(a)), gradient)
+    return np.linalg.solve(b + shift_b * np.eye(len(b)), update.T).T * ((1 + DAMPING) ** 2 if relative else 1)
 
 
 def test_every_kind_of_layer_is_solved_as_its_dense_curvature(x64):
@@ -130,10 +128,8 @@ def test_every_kind_of_layer_is_solved_as_its_dense_curvature(x64):
     model = eva_optax.tap(Layers(), factors="both", embeddings=True)
     params = random_like(jax.eval_shape(lambda: model.init(jax.random.key(0), x))["params"])
     made = {
-        (kind, relative): eva_optax.scale_by_foof(DAMPING, relative=relative)
-        if kind == "foof"
-        else eva_optax.scale_by_kfac(DAMPING, relative=relative, split=kind)
-        for kind, relative in (("foof", True), ("pi", False), ("eigen", True))
+        (kind, relative): eva_optax.scale_by_kfac(DAMPING, relative=relative, split=kind)
+        for kind, relative in (("pi", False), ("eigen", True))
     }
 
     @jax.jit
