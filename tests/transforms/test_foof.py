@@ -155,6 +155,21 @@ def test_steps_without_factors_go_on_with_averages_and_inverses(x64):
     assert step._cache_size() == 1
 
 
+def test_a_factor_that_is_no_second_moment_is_not_used(x64):
+    """Cholesky's method finds no factor; eigenvalues are finite, and their residual tells."""
+    grads = gradient_of(factors="input")
+    negative = {**grads, "kronecker": {"kernel,bias": {**grads["kronecker"]["kernel,bias"]}}}
+    negative["kronecker"]["kernel,bias"]["A"] = -grads["kronecker"]["kernel,bias"]["A"]
+    made = (
+        eva_optax.scale_by_foof(relative=False),
+        eva_optax.scale_by_foof(relative=False, power=-0.5),
+        eva_optax.conjugate(optax.identity(), relative=False),
+    )
+    for updates, state in first_updates(*((tx, negative) for tx in made)):
+        assert_equal(eva_optax.strip(updates), eva_optax.strip(grads))
+        assert state.skipped == (0 if isinstance(state, eva_optax.SketchState) else 1)
+
+
 def test_no_probe_of_a_matrix_has_a_momentum():
     """Of four optimizers, and of a chain with the mask: beside averages and inverses nothing is as a probe is."""
     model = eva_optax.tap(nn.Dense(7), factors="both", sharing="reduce")

@@ -68,6 +68,7 @@ def test_kfac_alias_reproduces_training():
         model = eva_optax.tap(Network(file), factors="both", sharing="reduce")
         for index, params, updates, (state, *_) in replay(file, tx, model):
             assert_close(state.nu, file["nu"][index])
+            assert 0 < eva_optax.diagnostics(state)["layer0/cosine"] < 1
             for key in layer_names(file):
                 weight, bias = (params[key][name] + updates[key][name] for name in ("kernel", "bias"))
                 assert_close(weight, to_flax(file[f"{key}.weight"][index]))
