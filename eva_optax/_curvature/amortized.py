@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
-from eva_optax._probes.tap import replicate
+from eva_optax._probes.tap import replicate, vary_like
 
 
 def in_stacks(function: Callable[..., Any], matrices: Sequence[Array], *operands: Sequence[ArrayLike]) -> list[Any]:
@@ -82,7 +82,8 @@ def renew(due: Array, make: Callable[[], Sequence[Any]], old: Sequence[Any]) -> 
       due: whether this step is, a boolean scalar.
       make: makes for each layer a tree like its old one.
       old: for each layer a tree of arrays that belong together, new or old as one: (*batch, n, n), or (*batch, 1, 1)
-        for numbers, with the same batch axes throughout the layer.
+        for numbers, with the same batch axes throughout the layer. Within `shard_map` both sides of the condition must
+        vary over the same axes of the mesh: `vary_like`.
 
     Returns:
       The trees, and for each layer whether they are new, (*batch,).
@@ -92,7 +93,8 @@ def renew(due: Array, make: Callable[[], Sequence[Any]], old: Sequence[Any]) -> 
         return [_keep_finite(*pair) for pair in zip(make(), old, strict=True)]
 
     def stale() -> list[tuple[Any, Array]]:
-        return [(kept, jnp.zeros(jax.tree.leaves(kept)[0].shape[:-2], bool)) for kept in old]
+        firsts = [jax.tree.leaves(kept)[0] for kept in old]
+        return [(kept, vary_like(jnp.zeros(f.shape[:-2], bool), f)) for kept, f in zip(old, firsts, strict=True)]
 
     trees = jax.lax.cond(due, fresh, stale)
     return [tree for tree, _ in trees], [made for _, made in trees]

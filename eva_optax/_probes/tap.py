@@ -283,6 +283,11 @@ def _like(value: Array, aval: Any) -> Array:
     return _sharded(value, aval.sharding)
 
 
+def vary_like(value: Array, leaf: Array) -> Array:
+    """`value` as one that differs over the mesh axes that `leaf` differs over, within `shard_map`."""
+    return _vary(value, _varying_axes(jax.typeof(leaf)))
+
+
 def shard_like(value: Array, leaf: Array) -> Array:
     """`value` with the sharding of `leaf`, where shardings are part of the types (explicit mesh axes)."""
     return _sharded(value, jax.typeof(leaf).sharding)

@@ -170,7 +170,8 @@ def _report(state: State) -> Iterator[tuple[str, Array]]:
 
 def _report_roots(state: ShampooState) -> Iterator[tuple[str, Array]]:
     yield "skipped", state.skipped
-    for name, regions in state.roots.items():
+    roots = state.roots if isinstance(state.roots, dict) else {}
+    for name, regions in roots.items():
         if not regions:
             continue
         conditions, steps = (
@@ -179,5 +180,5 @@ def _report_roots(state: ShampooState) -> Iterator[tuple[str, Array]]:
         )
         for index in range(len(conditions)):
             key = f"{name}[{index}]" if len(conditions) > 1 else name
-            yield f"{key}/condition", jnp.max(conditions[index])
-            yield f"{key}/age", state.count - jnp.min(steps[index])
+            yield f"{key}/condition".removeprefix("/"), jnp.max(conditions[index])
+            yield f"{key}/age".removeprefix("/"), state.count - jnp.min(steps[index])

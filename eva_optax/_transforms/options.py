@@ -35,12 +35,13 @@ def _check_number(caller: str, name: str, value: Any) -> None:
         )
 
 
-def check_decay(caller: str, decay: ArrayLike, name: str = "decay") -> None:
-    """Raises ValueError for a decay that is no number, or outside of [0, 1)."""
+def check_decay(caller: str, decay: ArrayLike, name: str = "decay", *, up_to_one: bool = False) -> None:
+    """Raises ValueError for a decay that is no number, or outside of [0, 1), or of [0, 1]."""
     _check_number(caller, name, decay)
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
+    if isinstance(decay, int | float) and not (0 <= decay < 1 or (up_to_one and decay == 1)):
+        interval = "[0, 1]" if up_to_one else "[0, 1)"
         raise ValueError(
-            f"eva_optax.{caller}: {name} must lie in [0, 1), got {decay}. It is the weight of the old average; the "
+            f"eva_optax.{caller}: {name} must lie in {interval}, got {decay}. It is the weight of the old average; the "
             "reference code's factor_decay is the weight of the new value, 1 - decay."
         )
 

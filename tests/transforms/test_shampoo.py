@@ -312,18 +312,18 @@ def test_parameters_of_one_kind_are_stacked_and_stay_apart():
 def test_start_and_period_of_the_roots_are_those_that_were_asked_for():
     """Before the start the grafted step alone; then statistics go on, and roots are renewed every third step."""
     grads = gradients(steps=8)
-    tx = eva_optax.scale_by_shampoo(start=2, every=3, graft="grad")
+    tx = eva_optax.scale_by_shampoo(start=5, every=3, graft="grad")
 
     def step(state, gradient):
         updates, state = tx.update(gradient, state)
         return state, (updates, state.roots["matrix"][0].step[0, 0, 0, 0])
 
     state, (updates, steps) = jax.jit(lambda grads: jax.lax.scan(step, tx.init(at(grads, 0)), grads))(grads)
-    np.testing.assert_array_equal(steps, [0, 2, 3, 3, 3, 6, 6, 6])
-    np.testing.assert_array_equal(updates["matrix"][0], grads["matrix"][0])
+    np.testing.assert_array_equal(steps, [0, 0, 0, 0, 5, 6, 6, 6])
+    np.testing.assert_array_equal(updates["matrix"][:4], grads["matrix"][:4])
     norms = [np.linalg.norm(part.reshape(8, -1), axis=1) for part in (updates["matrix"], grads["matrix"])]
     np.testing.assert_allclose(*norms, rtol=1e-6)
-    assert not np.allclose(updates["matrix"][1], grads["matrix"][1])
+    assert not np.allclose(updates["matrix"][4], grads["matrix"][4])
     assert eva_optax.diagnostics(state)["matrix/age"] == 2
 
 
@@ -438,9 +438,9 @@ def test_works_with_an_optimizer_of_nnx():
     ("options", "message"),
     [
         ({"epsilon": 0.0}, "epsilon must be greater than 0, got 0.0"),
-        ({"decay": 1.5}, r"decay must lie in \[0, 1\), got 1.5"),
+        ({"decay": 1.5}, r"decay must lie in \[0, 1\], got 1.5"),
         ({"graft_decay": 1.0}, r"graft_decay must lie in"),
-        ({"b1": -0.1}, "b1 must lie in"),
+        ({"b1": -0.1}, r"b1 must lie in \[0, 1\), got -0.1"),
         ({"exponent": 0.25}, "exponent must be negative"),
         ({"block": 0}, "block must be an integer greater than 0, got 0"),
         ({"block": 8.0}, "static_args"),
@@ -467,6 +467,8 @@ def test_states_that_do_not_fit_are_refused():
         tx.update({"kernel": jnp.ones((4, 3))}, state)
     with pytest.raises(ValueError, match=r"of 'bias' it has statistics of shapes nothing"):
         tx.update({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, state)
+    with pytest.raises(ValueError, match="the state has unused second_moments: it was made with another graft or b1"):
+        eva_optax.scale_by_shampoo(graft=None).update({"kernel": jnp.ones((2, 3))}, state)
     with pytest.raises(ValueError, match="must be a ShampooState"):
         tx.update({"kernel": jnp.ones((2, 3))}, optax.adam(0.1).init({"kernel": jnp.ones((2, 3))}))
 
@@ -496,3 +498,19 @@ def test_eight_devices_equal_one_and_each_computes_its_share_of_the_roots(kind, 
         assert updates[name].sharding.is_equivalent_to(NamedSharding(mesh, spec), len(shapes[name])), name
     problems = re.findall(r"f64\[([\d,]+)\]\S*,[^=]*custom-call\(.*syevd", compiled.as_text())
     assert set(problems) == {"1,3,3", "1,8,8", "1,16,16"}
+
+
+def test_devices_may_each_have_gradients_of_their_own():
+    """Within `shard_map`, where nothing is shared out; and one array is a tree too."""
+    grads = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    tx = eva_optax.scale_by_shampoo(1e-2, start=1)
+
+    def step(gradient):
+        updates, state = tx.update(gradient[0], tx.init(gradient[0]))
+        return updates[None], eva_optax.diagnostics(state)["condition"][None]
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        apart = jax.jit(jax.shard_map(step, in_specs=P("data"), out_specs=P("data")))(grads)
+    together = [jax.jit(step)(gradient[None]) for gradient in grads]
+    assert_close(apart, tuple(np.concatenate(parts) for parts in zip(*together, strict=True)), 1e-5)
