@@ -21,7 +21,7 @@ test: $(VENV)/test
 	$(VENV)/bin/pytest
 
 test-train: $(VENV)/test
-	$(VENV)/bin/pytest -m train
+	$(VENV)/bin/pytest -m "train and not slow"
 
 $(VENV)/examples: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
