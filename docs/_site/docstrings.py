@@ -62,8 +62,9 @@ def table(lines: list[str]) -> Iterator[str]:
     rules = [place for place, line in enumerate(lines) if line.startswith("==")]
     rows: list[list[str]] = []
     for line in (line for place, line in enumerate(lines) if place not in rules):
-        # In mathematics ‖ is written as a bar, which would end the cell.
-        cells = [line[start:end].strip().replace("\\|", r"\Vert ") for start, end in zip(starts, ends, strict=True)]
+        # In mathematics ‖ is written as a bar, which would end the cell; <layer> would be a tag.
+        cells = [line[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+        cells = [cell.replace("\\|", r"\Vert ").replace("<", "&lt;") for cell in cells]
         if cells[0]:
             rows.append(cells)
         else:
