@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # layers.md imports other libraries, of which tests/flax/test_foreign_layers.py has stand-ins.
-PAGES = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "layers.md"]
+PAGES = [path for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))] if path.name != "layers.md"]
 RUN = [path for path in PAGES if "```python" in path.read_text()]
 NUMBER = re.compile(r"\d+\.\d+")
 NEED_NNX = ("index.md", "nnx.md")
