@@ -106,6 +106,18 @@ def parsed(path: Path) -> Page:
 
 
 @pytest.mark.skipif(not BUILT.exists(), reason="`make site` builds it")
+def test_docstrings_are_rendered_whole() -> None:
+    """Formulas as MathML, tables with all of their cells, names as links."""
+    pages = {path.parent.name: path.read_text() for path in BUILT.glob("api/*/index.html")}
+    for name, page in pages.items():
+        for rest in (".. math::", ":math:", "=====", 'class="arithmatex"', "&gt;&gt;&gt;</p>"):
+            assert rest not in page, (name, rest)
+    assert "&lt;layer&gt;/cosine" in pages["watching"]
+    assert pages["transformations"].count("<math") >= 10
+    assert 'href="#eva_optax.scale_by_eva"' in pages["transformations"]
+
+
+@pytest.mark.skipif(not BUILT.exists(), reason="`make site` builds it")
 @pytest.mark.parametrize("path", sorted(BUILT.rglob("*.html")), ids=lambda path: str(path.relative_to(BUILT)))
 def test_links_of_a_built_page_lead_somewhere(path: Path) -> None:
     here = urljoin(SITE, path.relative_to(BUILT).as_posix().removesuffix("index.html"))
