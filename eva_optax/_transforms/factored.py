@@ -86,7 +86,7 @@ def precondition_by_factors(
         if sharing is not None:
             _check_sharing(caller, tree, sharing)
         # `optax.tree.map_params` gives no parameters: one leaf then stands for what has not the form of parameters.
-        inverses = start_inverses(recipe, tree, tree.layers, factors.names) or jnp.zeros(())
+        inverses: Any = start_inverses(recipe, tree, tree.layers, factors.names) or jnp.zeros(())
         return ScaleByKfacState(jnp.zeros((), jnp.int32), *kept, jnp.ones((), kept[1].dtype), inverses)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByKfacState]:
