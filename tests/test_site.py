@@ -75,12 +75,12 @@ def test_figures_of_the_readme_are_those_of_the_benchmark() -> None:
         row, seconds = table[table.index(f"| {label} |") :].splitlines()[:2]
         for place, task in enumerate(tasks, 2):
             section = measured[measured.index(f"### {task}:") :]
-            cells = next(line for line in section.splitlines() if line.startswith(f"| {name} |")).split("|")
-            steps = re.findall(r"([\d.]+)×", cells[6])
-            assert [row.split("|")[place].strip(), seconds.split("|")[place].strip()] == [
-                *steps,
-                *re.findall(r"([\d.]+)×", cells[7]),
-            ], (label, task)
+            lines = [line.split("|") for line in section.splitlines() if line.startswith("|")]
+            columns = [cell.strip() for cell in lines[0]]
+            cells = next(cells for cells in lines if cells[1].strip() == name)
+            for given, column in ((row, "steps to loss"), (seconds, "seconds to loss")):
+                (factor,) = re.findall(r"([\d.]+)×", cells[columns.index(column)])
+                assert given.split("|")[place].strip() == factor, (label, task, column)
 
 
 class Page(HTMLParser):
