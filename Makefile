@@ -31,7 +31,7 @@ site: $(VENV)/docs $(VENV)/test
 	$(VENV)/bin/pytest -n 0 tests/test_site.py
 
 test-train: $(VENV)/test
-	$(VENV)/bin/pytest -m train
+	$(VENV)/bin/pytest -m "train and not slow"
 
 $(VENV)/examples: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -9,9 +9,10 @@ Eva is two lines in a training script:
     model = eva_optax.tap(model, rank=16)          # 1
     tx = eva_optax.eva_adamw(learning_rate)        # 2
 
-Every optimizer gets equally many learning rates, on the same grid with and without Eva, and every AdamW b2 = 0.95. The
-rate with the lowest final loss on the training data of one seed counts. With it each optimizer trains on further seeds:
-another split, other parameters, another order; the same for all optimizers. Tables and plot show those runs.
+Every optimizer gets equally many learning rates, on the same grid with and without Eva, and the same schedule, a
+warm-up and a cosine to zero; every AdamW has b2 = 0.95. The rate with the lowest final loss on the training data of one
+seed counts. With it each optimizer trains on further seeds: another split, other parameters, another order; the same
+for all optimizers. Tables and plot show those runs.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from digits import TASKS, Split, Task, batches, evaluation, load
+from digits import TASKS, Split, Task, batches, evaluation, load, schedule
 from jax import Array
 from plots import draw, panels, save
 from progress import SMALL, progress
@@ -41,25 +42,23 @@ import eva_optax
 BATCH_SIZE = 128
 EVALUATE_EVERY = 25
 
-Rate = float | Array
-
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How an optimizer is made from a learning rate, what it is compared with, its rates' centre, and its tap."""
+    """How an optimizer is made from a schedule, what it is compared with, its rates' centre, and its tap."""
 
     name: str
-    make: Callable[[Rate], optax.GradientTransformation]
+    make: Callable[[optax.Schedule], optax.GradientTransformation]
     baseline: str
     center: float
     tap: Callable[[nn.Module], Any] | None = None
 
 
-def sgd(rate: Rate) -> optax.GradientTransformation:
+def sgd(rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.sgd(rate, momentum=0.9)
 
 
-def eva_sgd(rate: Rate) -> optax.GradientTransformation:
+def eva_sgd(rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.chain(eva_optax.scale_by_eva(), sgd(rate))
 
 
@@ -105,23 +104,26 @@ class Run(NamedTuple):
 class Trainer:
     """Trains one task with one optimizer; all seeds and rates share one compilation."""
 
-    def __init__(self, task: Task, optimizer: Optimizer) -> None:
+    def __init__(self, task: Task, optimizer: Optimizer, steps: int) -> None:
         model: Any = optimizer.tap(task.model) if optimizer.tap else task.model
         self.init, self.evaluate, self.optimizer = jax.jit(model.init), evaluation(task), optimizer
 
+        def make(rate: float | Array) -> optax.GradientTransformation:
+            return optimizer.make(schedule(rate, steps))
+
         @jax.jit
-        def step(params: Any, state: Any, rate: Rate, train: Split, batch: Array) -> tuple[Any, Any]:
+        def step(params: Any, state: Any, rate: Array, train: Split, batch: Array) -> tuple[Any, Any]:
             images, labels = train.images[batch], train.labels[batch]
             grads = jax.grad(lambda p: task.loss(model.apply({"params": p}, images), images, labels))(params)
-            updates, state = optimizer.make(rate).update(grads, state, params)
+            updates, state = make(rate).update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-        self.step = step
+        self.make, self.step = make, step
 
     def run(self, data: Data, rate: float, advance: Callable[[int], None]) -> Run:
         """One run; `advance` is told how many steps were made."""
         params = self.init(data.key, data.splits[0].images[:1])["params"]
-        state = self.optimizer.make(rate).init(params)
+        state = self.make(rate).init(params)
         evaluated, measured = [0], [self.evaluate(eva_optax.strip(params), data.splits)]
         seconds = []
         for chunk in np.split(data.batches, range(EVALUATE_EVERY, len(data.batches), EVALUATE_EVERY)):
@@ -146,7 +148,7 @@ class Result(NamedTuple):
 
 def compare(task: Task, steps: int, rates: int, seeds: Sequence[int], advance: Callable[[int], None]) -> list[Result]:
     """The result of each optimizer: tuned on the first seed, then run on the others."""
-    trainers = [Trainer(task, optimizer) for optimizer in OPTIMIZERS]
+    trainers = [Trainer(task, optimizer, steps) for optimizer in OPTIMIZERS]
     tuned: list[dict[float, Run]] = [{} for _ in OPTIMIZERS]
     data = draw_data(seeds[0], steps)
     # Optimizers take turns: whatever else the computer does slows all of them alike.

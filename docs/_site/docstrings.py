@@ -7,6 +7,7 @@ from typing import Any
 import griffe
 
 MATH = re.compile(r"^( *)\.\. math::(.*)$")
+ROLE = re.compile(r":math:`([^`]*)`")
 
 
 class Docstrings(griffe.Extension):
@@ -16,7 +17,8 @@ class Docstrings(griffe.Extension):
         """Called for each object of the package."""
         if obj.docstring:
             exports = {str(name) for name in obj.package.exports or ()}
-            obj.docstring.value = "\n".join(linked(line, exports) for line in rewritten(obj.docstring.value))
+            lines = (ROLE.sub(r"$\1$", line) for line in rewritten(obj.docstring.value))
+            obj.docstring.value = "\n".join(linked(line, exports) for line in lines)
 
 
 def linked(line: str, exports: set[str]) -> str:
@@ -32,7 +34,7 @@ def linked(line: str, exports: set[str]) -> str:
 
 def rewritten(text: str) -> Iterator[str]:
     """The lines of a docstring in Markdown."""
-    lines = re.sub(r":math:`([^`]*)`", r"$\1$", text).splitlines()
+    lines = text.splitlines()
     while lines:
         line = lines.pop(0)
         if found := MATH.match(line):
@@ -56,19 +58,23 @@ def last_rule(lines: list[str]) -> int:
 
 def table(lines: list[str]) -> Iterator[str]:
     """A table of reStructuredText's simple form; a row without a first cell goes on with the one before."""
-    spans = [found.span() for found in re.finditer("=+", lines[0])]
-    starts = [start for start, _ in spans]
-    ends: list[int | None] = [*starts[1:], None]
+    width = len(lines[0].split())
     rules = [place for place, line in enumerate(lines) if line.startswith("==")]
     rows: list[list[str]] = []
     for line in (line for place, line in enumerate(lines) if place not in rules):
-        # In mathematics ‖ is written as a bar, which would end the cell.
-        cells = [line[start:end].strip().replace("\\|", r"\Vert ") for start, end in zip(starts, ends, strict=True)]
+        cells = [in_cell(cell) for cell in re.split(" {2,}", line)]
+        cells += [""] * (width - len(cells))
         if cells[0]:
             rows.append(cells)
         else:
             rows[-1] = [f"{before} {cell}".strip() for before, cell in zip(rows[-1], cells, strict=True)]
-    header, body = (rows[0], rows[1:]) if len(rules) == 3 else ([""] * len(spans), rows)
-    for cells in (header, ["---"] * len(spans), *body):
+    header, body = (rows[0], rows[1:]) if len(rules) == 3 else ([""] * width, rows)
+    for cells in (header, ["---"] * width, *body):
         yield f"| {' | '.join(cells)} |"
     yield ""
+
+
+def in_cell(text: str) -> str:
+    """A cell's text: in mathematics ‖ is written as a bar, which would end the cell, and <layer> would be a tag."""
+    text = ROLE.sub(lambda role: role[0].replace(r"\|", r"\Vert ").replace(" `", "`"), text)
+    return text.replace("<", "&lt;")

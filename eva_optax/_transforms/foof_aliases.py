@@ -20,7 +20,7 @@ from eva_optax._transforms.options import check_decay, check_positive
 def foof_adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.95,
+    b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     eps_root: ArrayLike = 0.0,
     mu_dtype: Any | None = None,
@@ -45,7 +45,7 @@ def foof_adamw(
     Args:
       learning_rate: η, a number or a schedule.
       b1: decay of Adam's first moment.
-      b2: decay of Adam's second moment; lower than Optax's, as for `eva_adamw`.
+      b2: decay of Adam's second moment; try 0.95, as for `eva_adamw`.
       eps: added to the root of the second moment.
       eps_root: added below the root.
       mu_dtype: dtype of the first moment; the gradient's by default.
@@ -97,7 +97,7 @@ def foof_muon(
     nesterov: bool = True,
     adaptive: bool = False,
     adam_b1: ArrayLike = 0.9,
-    adam_b2: ArrayLike = 0.95,
+    adam_b2: ArrayLike = 0.999,
     adam_eps_root: ArrayLike = 0.0,
     muon_weight_dimension_numbers: Any | Callable[[Any], Any] | None = None,
     damping: ArrayLike = 0.2,

@@ -25,7 +25,6 @@ from examples.train import optimizers, tasks
 from examples.train.command_line import Parser, add_settings, changes, fail, lists
 from examples.train.errors import DivergedError, UserError
 from examples.train.loop import train
-from examples.train.metrics import read
 from examples.train.objectives import Objective
 from examples.train.processes import connect
 
@@ -37,9 +36,9 @@ class Record:
     optimizer: str
     rate: float
     result: dict[str, Any]
-    epochs: list[float]
-    seconds: list[float]
-    values: list[float]
+    epochs: Sequence[float]
+    seconds: Sequence[float]
+    values: Sequence[float]
 
     def reached(self, target: float, objective: Objective) -> tuple[float, float] | None:
         """Epochs and seconds to the first evaluation that is as good as the target."""
@@ -64,10 +63,8 @@ def run(name: str, rate: float, given: dict[str, Any], folder: Path) -> Record |
         return None
     finally:
         jax.clear_caches()
-    lines = [line for line in read(output / "metrics.jsonl") if line["part"] == "validation"]
-    epochs = [line["step"] / result["steps_per_epoch"] for line in lines]
-    values = [line[result["metric"]] for line in lines]
-    return Record(name, rate, result, epochs, [line["seconds"] for line in lines], values)
+    steps, seconds, values = zip(*result["curve"], strict=True)
+    return Record(name, rate, result, [step / result["steps_per_epoch"] for step in steps], seconds, values)
 
 
 def best(records: Sequence[Record | None], objective: Objective) -> Record | None:

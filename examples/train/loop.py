@@ -1,5 +1,6 @@
 """A run from its configuration to its result: trains, evaluates, saves, and goes on where an earlier call ended."""
 
+import contextlib
 import json
 import math
 import time
@@ -65,7 +66,7 @@ def train(config: Config) -> dict[str, Any]:
         raise UserError(f"--batch is {config.input.batch}, more than the {len(training)} examples of training.")
     per_epoch = len(training) / config.input.batch
     steps = config.steps or math.ceil(config.epochs * per_epoch)
-    program = make_program(task, config, next(pipeline.validation(validation, config)), steps, mesh)
+    program = make_program(task, config, validation.load(np.arange(1), None), steps, mesh)
     claim(folder, config)
     finished = folder / "result.json"
     if finished.exists():
@@ -120,6 +121,7 @@ class Run:
     clock: Clock
     steps: int
     per_epoch: float
+    profiling: bool = False
 
     def __call__(self, batches: Any) -> dict[str, Any]:
         """Goes on from the last checkpoint, if there is one, to the end."""
@@ -132,7 +134,7 @@ class Run:
                 self.clock.seconds = notes["seconds"]
             else:
                 state = self.program.create(jax.random.key(self.config.seed))
-            with Recorder(folder, int(state.step)) as recorder:
+            with Recorder(folder, int(state.step)) as recorder, contextlib.closing(batches):
                 recorder.say(self.headline(state))
                 return self.train(state, batches, checkpoints, recorder)
 
@@ -167,6 +169,7 @@ class Run:
                 checkpoints.save(done, state, {"input": batches.get_state(), "seconds": self.clock.seconds})
             if reached:
                 break
+        self.profile(PROFILED[1])
         if optimizers.find(self.config.training.optimizer).tap is not None:
             eva_optax.check(state.opt_state)
         return self.result(recorder)
@@ -182,8 +185,10 @@ class Run:
         """Starts and stops the profiler around a few steps of this call."""
         if self.config.reports.profile and step == PROFILED[0]:
             jax.profiler.start_trace(str(Path(self.config.reports.output) / "profile"))
-        if self.config.reports.profile and step == PROFILED[1]:
+            self.profiling = True
+        if self.profiling and step >= PROFILED[1]:
             jax.profiler.stop_trace()
+            self.profiling = False
 
     def log(self, done: int, window: list[Any], recorder: Recorder) -> None:
         means = jax.device_get(window)
@@ -223,7 +228,7 @@ class Run:
         """What the run came to.
 
         The final and the best value of the metric, where the target was reached first (None where it was not), seconds
-        of training, and speed, waiting for input and memory of this call.
+        of training, the metric along the way, and speed, waiting for input and memory of this call.
         """
         metric, target = self.task.objective.metric, self.config.target
         lines = [line for line in recorder.history if line["part"] == "validation"]
@@ -235,8 +240,8 @@ class Run:
             "target": target,
             "final": lines[-1][metric] if lines else None,
             "best": choose(line[metric] for line in lines) if lines else None,
-            "steps": lines[-1]["step"] if lines else None,
             "steps_per_epoch": self.per_epoch,
+            "curve": [[line["step"], line["seconds"], line[metric]] for line in lines],
             "reached": {
                 "steps": good[0]["step"],
                 "epochs": good[0]["step"] / self.per_epoch,

@@ -16,11 +16,12 @@ class Recorder:
     def __init__(self, folder: Path, done: int):
         self.active = jax.process_index() == 0
         self.path = folder / "metrics.jsonl"
-        self.history: list[dict[str, Any]] = []
+        self.history = [line for line in read(self.path) if line["step"] <= done]
         if not self.active:
             return
-        self.history = [line for line in read(self.path) if line["step"] <= done]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        kept = self.path.with_suffix(".partial")
+        kept.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        kept.replace(self.path)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
 
     def __enter__(self) -> Self:
@@ -32,9 +33,9 @@ class Recorder:
 
     def write(self, step: int, part: str, values: dict[str, float], seconds: float) -> None:
         """The values of one part (train, validation) at one step."""
+        self.history.append({"step": step, "part": part, "seconds": round(seconds, 3), **values})
         if not self.active:
             return
-        self.history.append({"step": step, "part": part, "seconds": round(seconds, 3), **values})
         with self.path.open("a") as file:
             file.write(json.dumps(self.history[-1]) + "\n")
         for name, value in values.items():

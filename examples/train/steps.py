@@ -77,8 +77,8 @@ def place(leaf: Any, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * longest, "fsdp"))
 
 
-def make_program(task: Task, config: Config, example: Batch, steps: int, mesh: Mesh) -> Program:
-    """The functions of a task; `example` is a batch, of which only shapes count."""
+def make_program(task: Task, config: Config, example: Any, steps: int, mesh: Mesh) -> Program:
+    """The functions of a task; `example` is a batch of any size, of arrays or shapes."""
     training, objective = config.training, task.objective
     plain: nn.Module = task.build(config)
     model, tx = optimizers.tapped(plain, training), optimizers.build(training, steps)

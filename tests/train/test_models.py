@@ -74,19 +74,10 @@ def test_each_model_takes_steps_on_digits(name):
 
 @pytest.mark.parametrize("name", [name for name in optimizers.OPTIMIZERS if name != "eva_adamw"])
 def test_each_optimizer_takes_steps(name):
-    made, batch = program(
-        configure(
-            {
-                "task": "text-decoder",
-                "optimizer": name,
-                "model": SMALL["decoder"],
-                "batch": 16,
-                "length": 24,
-                "warmup": 0,
-                "rank": 2,
-            }
-        )
-    )
+    """Those around Muon on the decoder, whose kernels are stacked."""
+    task = "text-decoder" if "muon" in name else "mnist-autoencoder"
+    given = {"task": task, "model": SMALL[kind(task)], "batch": 16, "length": 24, "warmup": 0, "rank": 2}
+    made, batch = program(configure({**given, "optimizer": name}))
     state, losses = made.create(jax.random.key(0)), []
     for _ in range(6):
         state, values = made.step(state, batch)
@@ -106,16 +97,15 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32():
 
 def test_fsdp_spreads_large_parameters_with_their_optimizer_state():
     given = {"task": "mnist-autoencoder", "data": "digits", "batch": 16, "model": "hidden=(128,64),code=8"}
-    made, batch = program(configure({**given, "fsdp": 4, "optimizer": "eva_adamw", "rank": 2}))
+    made, batch = program(configure({**given, "fsdp": 4, "optimizer": "eva_sgd"}))
     state = made.create(jax.random.key(0))
     kernel = state.params["Dense_0"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (784 // 4, 128)
     spread = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == kernel.shape]
-    assert len(spread) == 2
-    assert all(leaf.sharding == kernel.sharding for leaf in spread)
-    alone, _ = program(configure({**given, "fsdp": 1, "optimizer": "eva_adamw", "rank": 2}))
+    assert [leaf.sharding for leaf in spread] == [kernel.sharding]
+    alone, _ = program(configure({**given, "fsdp": 1, "optimizer": "eva_sgd"}))
     other = alone.create(jax.random.key(0))
     for _ in range(3):
         (state, _), (other, _) = made.step(state, batch), alone.step(other, batch)
     for mine, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)

@@ -1,6 +1,7 @@
 """The batch of a step depends on the seed and on nothing else."""
 
 import dataclasses
+import json
 
 import grain
 import numpy as np
@@ -78,3 +79,19 @@ def test_validation_has_every_example_once_and_fills_up_with_weights_of_zero(sou
     np.testing.assert_array_equal(labels[weights == 1], np.arange(EXAMPLES))
     assert weights.sum() == EXAMPLES
     np.testing.assert_array_equal(batches[0]["inputs"], source.images[:BATCH])  # not augmented
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # Grain's, as it ends
+def test_processes_that_prepare_batches_prepare_the_same(source):
+    wanted = list(pipeline.training(source, config(), steps=5))
+    batches = pipeline.training(source, config(workers=2), steps=5)
+    assert_same(next(batches), wanted[0])
+    state = json.loads(json.dumps(batches.get_state()))  # as a checkpoint keeps it
+    batches.close()
+    again = pipeline.training(source, config(workers=2), steps=5)
+    again.set_state(state)
+    assert_same(next(again), wanted[1])
+    again.close()

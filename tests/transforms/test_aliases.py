@@ -137,6 +137,8 @@ def test_a_large_damping_leaves_adamw_and_muon(stacked):
     [
         (eva_optax.eva_adamw, optax.adamw, 9, {}),
         (eva_optax.eva_muon, optax.contrib.muon, 12, {}),
+        (eva_optax.foof_adamw, optax.adamw, 9, {}),
+        (eva_optax.foof_muon, optax.contrib.muon, 12, {}),
         # Published with momentum; with weight decay as an argument of the optimizer itself.
         *((alias, optax.sgd, 2, {"momentum": 0.9}) for alias in (eva_optax.eva, eva_optax.eva_f, eva_optax.eva_s)),
         *((alias, optax.add_decayed_weights, 1, {}) for alias in (eva_optax.eva, eva_optax.eva_f, eva_optax.eva_s)),

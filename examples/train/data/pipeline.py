@@ -10,6 +10,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from examples.train.config import Config
 from examples.train.data.source import DRAWS, Batch, Source
@@ -58,5 +59,7 @@ def iterate(loader: Loader, number: int, config: Config) -> grain.DatasetIterato
     ahead = grain.ReadOptions(num_threads=config.input.threads, prefetch_buffer_size=config.input.prefetch)
     batches = grain.MapDataset.range(number).map(loader).to_iter_dataset(ahead)
     if config.input.workers:
+        if not flags.FLAGS.is_parsed():  # those of Grain, which nobody gives
+            flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.input.workers))
     return iter(batches)
