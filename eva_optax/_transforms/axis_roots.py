@@ -77,8 +77,11 @@ def precondition_axes(caller: str, options: Options) -> optax.GradientTransforma
         check_nested(caller, tree)
         check_names(caller, tree)
         stacks = find_stacks(tree, options.block, options.merge)
-        zeros = hide_places(tree, [jnp.zeros_like(leaf, accumulator(leaf.dtype)) for leaf in tree.leaves])
-        averages = {name: zeros if kept else () for name, kept in options.averages.items()}
+
+        def zeros() -> Any:
+            return hide_places(tree, [jnp.zeros_like(leaf, accumulator(leaf.dtype)) for leaf in tree.leaves])
+
+        averages = {name: zeros() if kept else () for name, kept in options.averages.items()}
         # `optax.tree.map_params` gives no parameters: one leaf then stands for what has not the form of parameters.
         return ShampooState(
             count=jnp.zeros((), jnp.int32),

@@ -143,7 +143,8 @@ class Taken(NamedTuple):
     def total(self, decay: ArrayLike, average: Array) -> Array:
         """The weight of all that an average, which started at zero, has taken in."""
         weight = jnp.asarray(decay, average.dtype)
-        totals = jnp.where((weight < 1) & (self.observed > 0), 1 - weight**self.observed, 1)
+        some = self.observed > 0  # else zeros would be divided by zero
+        totals = jnp.where((weight < 1) & some, 1 - weight**self.observed, 1)
         return _along(totals, average)
 
     def place(self, made: Array, gradients: Sequence[Any], leaves: list[Any]) -> None:

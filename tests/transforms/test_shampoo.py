@@ -161,7 +161,7 @@ def dense_shampoo(grads: np.ndarray, *, epsilon, relative, decay, exponent, graf
 PLAIN = {"epsilon": 1e-3, "relative": True, "decay": 0.9, "exponent": None, "graft": None, "b1": 0.0}
 CASES = {
     "relative": PLAIN,
-    "absolute, sum": PLAIN | {"relative": False, "decay": 1.0},
+    "absolute, sum, grad": PLAIN | {"relative": False, "decay": 1.0, "graft": "grad", "b1": 0.8},
     "exponent, rms": PLAIN | {"exponent": -0.4, "graft": "rms", "b1": 0.8},
     "last step alone, adam": PLAIN | {"decay": 0.0, "graft": "adam"},
 }
@@ -329,10 +329,10 @@ def test_start_and_period_of_the_roots_are_those_that_were_asked_for():
 
 def test_one_program_serves_all_steps_and_every_way_to_call_it(x64):
     """A loop, a loop that gives its state away, a scan, and two seeds at once."""
-    tx = eva_optax.shampoo(0.1, every=2, b1=0.0)
+    tx = eva_optax.shampoo(0.1, every=2)
     grads, update = gradients(steps=4), jax.jit(tx.update, donate_argnums=1)
     params = at(grads, 0)
-    state, taken = jax.jit(tx.init)(params), []
+    state, taken = tx.init(params), []
     for step in range(4):
         updates, state = update(at(grads, step), state, params)
         taken.append(updates)
