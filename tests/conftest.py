@@ -8,11 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most tests compile far longer than they run, so that optimized code would not pay. The last flag, which newer versions
-# refuse, leaves out MLIR's emitters: they take several times as long for each kernel.
+# Most tests compile far longer than they run, so that optimized code would not pay, nor does splitting small programs
+# into many parts for threads that the workers share. The last flag, which newer versions refuse, leaves out MLIR's
+# emitters: they take several times as long for each kernel.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true "
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1 "
     + ("--xla_cpu_use_fusion_emitters=false " if version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")) else "")
     + os.environ.get("XLA_FLAGS", "")
 ).strip()

@@ -15,7 +15,7 @@ from benchmarks.convergence.optimizers import OPTIMIZERS
 
 # As wide as a page, with letters of the size of its text.
 STYLE: Any = {
-    "savefig.dpi": 160,
+    "figure.dpi": 160,
     "font.size": 8,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -86,7 +86,7 @@ def ranks(found: Found, tasks: list[str]) -> Figure:
     limit = right.get_xlim()[1]
     right.plot([1, limit], [1, limit], color="grey", linestyle=":")
     right.annotate("as many seconds as AdamW", (limit, 1), color="grey", ha="right")
-    left.set(xlabel="rank", ylabel="AdamW's steps ÷ eva_adamw's, to AdamW's loss", ylim=(0, None))
+    left.set(xlabel="rank", ylabel="AdamW's steps ÷ eva_adamw's", ylim=(0, None))
     right.set(xlabel="time of a step, ÷ AdamW's", xlim=(1, limit))
     right.legend(frameon=False, loc="upper left")
     return figure
