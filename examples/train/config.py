@@ -110,11 +110,9 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     paths = {path: value for path, value, _ in settings(config)}
     for name, given in changes.items():
         path = full_path(name)
-        value = convert(path, given, type(paths[path]))
         group, _, last = path.rpartition(".")
-        config = replace(
-            config, **({group: replace(getattr(config, group), **{last: value})} if group else {last: value})
-        )
+        change = {last: convert(path, given, type(paths[path]))}
+        config = replace(config, **({group: replace(getattr(config, group), **change)} if group else change))
     return config
 
 
@@ -156,10 +154,7 @@ def keywords(path: str, text: str) -> dict[str, Any]:
 
 def unknown(what: str, name: str, known: list[str]) -> UserError:
     close = difflib.get_close_matches(name, known, 1)
-    advice = (
-        f"did you mean {close[0]}?" if close else "see --help." if len(known) > 30 else f"known: {', '.join(known)}."
-    )
-    return UserError(f"unknown {what} {name!r}; {advice}")
+    return UserError(f"unknown {what} {name!r}; {f'did you mean {close[0]}?' if close else 'see --help.'}")
 
 
 # A run goes on with other values of these: they change no number of it.

@@ -46,7 +46,7 @@ def start(arguments: list[str], devices: int, die_at: int | None = None) -> subp
 
 def finish(*processes: subprocess.Popen) -> None:
     for process in processes:
-        _, errors = process.communicate(timeout=500)
+        _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors[-3000:]
 
 

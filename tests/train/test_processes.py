@@ -54,7 +54,7 @@ def test_two_processes_equal_one(one_process, two_processes):
 @pytest.mark.train
 def test_a_run_goes_on_with_other_devices(tmp_path, one_process, as_a_user):
     killed = start(arguments(tmp_path), devices=2, die_at=10)
-    killed.communicate(timeout=500)
+    killed.communicate(timeout=900)
     assert killed.returncode == -signal.SIGKILL
     assert max(saved_steps(tmp_path)) in (4, 8)  # the last one may not have been written to its end
     assert jax.device_count() == 8
@@ -65,7 +65,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path, one_process, as_a_user):
 @pytest.mark.slow
 def test_two_processes_killed_in_mid_run_end_where_an_undisturbed_run_ends(tmp_path, two_processes):
     killed, bereft = start_two(tmp_path, die_at=10)
-    killed.communicate(timeout=500)
+    killed.communicate(timeout=900)
     assert killed.returncode == -signal.SIGKILL
     bereft.kill()  # what a scheduler does with the rest of a job
     bereft.communicate(timeout=60)

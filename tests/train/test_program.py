@@ -184,7 +184,7 @@ def test_a_killed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(tmp_path):
     ]
     small += ["--steps", "9", "--save-every", "3", "--log-every", "1", "--evaluate-every", "3", "--ema", "0.9"]
     killed = start([*small, "--output", str(tmp_path / "killed")], devices=8, die_at=8)
-    killed.communicate(timeout=500)
+    killed.communicate(timeout=900)
     assert killed.returncode == -signal.SIGKILL
     assert max(saved_steps(tmp_path / "killed")) in (3, 6)  # the last one may not have been written to its end
     for name in ("killed", "undisturbed"):
@@ -214,11 +214,11 @@ def events(folder) -> list[tuple[str, int, float]]:
 
 def test_a_run_stops_at_its_target_and_goes_on_to_another(tmp_path, capsys):
     run = [*AUTOENCODER, "--output", str(tmp_path), "--steps", "40", "--evaluate-every", "5", "--log-every", "5"]
-    main([*run, "--target", "0.2", "--profile"])
+    main([*run, "--target", "0.645", "--profile"])
     said = capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
     reached = result["reached"]
-    assert f"target 0.2 after {reached['steps']} steps" in said
+    assert f"target 0.645 after {reached['steps']} steps" in said
     assert "peak memory" in said
     assert "of a step" in said
     assert "examples a second" in said
@@ -226,15 +226,16 @@ def test_a_run_stops_at_its_target_and_goes_on_to_another(tmp_path, capsys):
     np.testing.assert_allclose(reached["epochs"], reached["steps"] * 32 / 1437)
     losses = {line["step"]: line["loss"] for line in read(tmp_path / "metrics.jsonl") if line["part"] == "validation"}
     assert max(losses) == reached["steps"]
-    assert losses[reached["steps"]] <= 0.2 < losses[reached["steps"] - 5]
+    assert losses[reached["steps"]] <= 0.645 < losses[reached["steps"] - 5]
     if reached["steps"] >= 15:
         assert list((tmp_path / "profile").rglob("*.pb"))
     shown = {step: value for tag, step, value in events(tmp_path / "tensorboard") if tag == "validation/loss"}
     assert shown == pytest.approx(losses)
 
-    main([*run, "--target", "0.2"])  # is told again, not trained again
+    main([*run, "--target", "0.645"])  # is told again, not trained again
     assert max(shown) == max(line["step"] for line in read(tmp_path / "metrics.jsonl"))
-    says = refused(capsys, *run, "--learning-rate", "0.5") if not capsys.readouterr().err else ""
+    capsys.readouterr()
+    says = refused(capsys, *run, "--learning-rate", "0.5")
     assert "holds another run: training.learning_rate is 0.0 there and 0.5 here. Choose another --output." in says
     main(run)
     assert f"from step {reached['steps']}" in capsys.readouterr().out
