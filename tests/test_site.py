@@ -1,4 +1,4 @@
-"""The README and the site lead nowhere that is not there, and leave out no public name.
+"""The site leads nowhere that is not there, and leaves out no public name.
 
 The last tests read the built site: `make site` builds it and runs them, `make test` does without.
 """
@@ -12,41 +12,11 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 import pytest
 
 import eva_optax
+from tests.pages import DOCS, FILES, ROOT, SITE, targets
 
-ROOT = Path(__file__).parent.parent
-DOCS, BUILT = ROOT / "docs", ROOT / "site"
-README = (ROOT / "README.md").read_text()
-CONFIG = (ROOT / "mkdocs.yml").read_text()
-SITE, REPOSITORY = (re.findall(rf"^{key}: (\S+)$", CONFIG, re.MULTILINE)[0] for key in ("site_url", "repo_url"))
-FILES = (f"{REPOSITORY}/blob/main/", REPOSITORY.replace("github.com", "raw.githubusercontent.com") + "/main/")
+BUILT = ROOT / "site"
 REFERENCE = "".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
 GUIDES = [page for page in sorted(DOCS.rglob("*.md")) if page.parent.name != "api" and page.name != "changelog.md"]
-
-
-def page_of(url: str) -> Path:
-    """The source of a page of the site."""
-    path = url.removeprefix(SITE).strip("/")
-    return DOCS / f"{path or 'index'}.md"
-
-
-def targets(text: str) -> list[str]:
-    """Where the links and images of a Markdown page lead."""
-    return re.findall(r"\]\((\S+?)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-
-
-def test_links_of_the_readme_are_absolute_and_lead_somewhere() -> None:
-    """Absolute, because a package index shows the README without what is beside it."""
-    links = targets(README)
-    assert any(link.startswith(FILES[1]) for link in links)
-    for link in links:
-        assert link.startswith("https://"), link
-        for prefix in FILES:
-            assert not link.startswith(prefix) or (ROOT / link.removeprefix(prefix)).is_file(), link
-        assert not link.startswith(SITE) or page_of(link).is_file(), link
-
-
-def test_the_readme_is_short() -> None:
-    assert len(README.splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=[page.stem for page in GUIDES])
@@ -65,22 +35,6 @@ def test_every_public_name_is_in_the_reference_and_in_a_guide(name: str) -> None
 def test_classes_of_what_functions_return_are_in_the_reference() -> None:
     for name in eva_optax._LAZY:
         assert f"heading: eva_optax.{name}," in REFERENCE, name
-
-
-def test_figures_of_the_readme_are_those_of_the_benchmark() -> None:
-    measured = (DOCS / "convergence.md").read_text()
-    tasks = ("autoencoder_relu", "autoencoder", "autoencoder_sum", "cnn", "cnn_batchnorm")
-    table = README[README.index("## What it costs") :]
-    for label, name in (("`eva_adamw`, rank 16", "eva_adamw@16"), ("`eva_adamw`, one direction", "eva_adamw")):
-        row, seconds = table[table.index(f"| {label} |") :].splitlines()[:2]
-        for place, task in enumerate(tasks, 2):
-            section = measured[measured.index(f"### {task}:") :]
-            lines = [line.split("|") for line in section.splitlines() if line.startswith("|")]
-            columns = [cell.strip() for cell in lines[0]]
-            cells = next(cells for cells in lines if cells[1].strip() == name)
-            for given, column in ((row, "steps to loss"), (seconds, "seconds to loss")):
-                (factor,) = re.findall(r"([\d.]+)×", cells[columns.index(column)])
-                assert given.split("|")[place].strip() == factor, (label, task, column)
 
 
 class Page(HTMLParser):

@@ -6,7 +6,6 @@ MathML is drawn by the browser, so that no page loads a script or a font from el
 import html
 import json
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "examples" / "colab.ipynb"
+NOTEBOOK, CACHE = ROOT / "examples" / "colab.ipynb", ROOT / ".cache"
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -26,9 +25,9 @@ def on_files(files: Files, config: Any) -> Files:
     for cell in notebook["cells"]:
         if "install" in cell["metadata"].get("tags", []):
             cell["metadata"]["tags"].append("skip-execution")
-    folder = Path(tempfile.mkdtemp(prefix="eva_optax_site_"))
-    (folder / "notebook.ipynb").write_text(json.dumps(notebook))
-    files.append(File("notebook.ipynb", str(folder), config.site_dir, config.use_directory_urls))
+    CACHE.mkdir(exist_ok=True)
+    (CACHE / "notebook.ipynb").write_text(json.dumps(notebook))
+    files.append(File("notebook.ipynb", str(CACHE), config.site_dir, config.use_directory_urls))
     return files
 
 

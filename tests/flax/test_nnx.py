@@ -146,7 +146,7 @@ def test_lora_alone_is_found_by_its_own_filter():
     for name, (a, b) in eva_optax.vectors(grads).items():  # all inputs equal
         np.testing.assert_allclose(a * b, grads[name][...], rtol=1e-4, atol=1e-6)
     optimizer = nnx.Optimizer(layer, optax.chain(eva_optax.scale_by_eva(), optax.sgd(1e-2)), wrt=wrt)
-    nnx_jit(update_in_place)(layer, optimizer, grads)
+    nnx.jit(update_in_place)(layer, optimizer, grads)
     assert jit(squares)(layer, x) < before
 
 
@@ -411,12 +411,12 @@ def test_bridge_to_linen(tapped_linen):
     assert_trees_close(eva_optax.vectors(grads), eva_optax.vectors(want), 1e-5)
     assert eva_optax.coverage(model).share == 1
     optimizer = nnx.Optimizer(model, optax.chain(eva_optax.scale_by_eva(), optax.sgd(1e-2)), wrt=nnx.Param)
-    nnx_jit(update_in_place)(model, optimizer, grads)
-    after = nnx_jit(squares)(model, x)
+    nnx.jit(update_in_place)(model, optimizer, grads)
+    after = nnx.jit(squares)(model, x)
     assert after < value
     stripped = eva_optax.strip(model)
     assert "kronecker" not in str(jax.tree.leaves_with_path(params_of(stripped)))
-    assert nnx_jit(squares)(stripped, x) == after
+    assert nnx.jit(squares)(stripped, x) == after
     assert stripped.to_nnx__module is linen
 
 
