@@ -101,12 +101,6 @@ def batches(seed: int, examples: int, batch_size: int, steps: int) -> np.ndarray
     return np.concatenate(epochs).reshape(-1, batch_size)[:steps]
 
 
-def schedule(rate: float | Array, steps: int) -> optax.Schedule:
-    """A warm-up and a cosine to zero. The rate is a factor, so that it may be an argument of a jitted function."""
-    shape = optax.warmup_cosine_decay_schedule(0.1, 1.0, max(1, steps // 20), steps)
-    return lambda count: rate * shape(count)
-
-
 def evaluation(task: Task) -> Callable[[Any, tuple[Split, Split]], tuple[Array, Array, Array]]:
     """A jitted function from parameters without probes, and data, to training loss, validation loss and accuracy."""
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from characters import LanguageModel, cross_entropy, load
-from digits import batches, schedule
+from digits import batches
 from jax import Array
 from plots import draw, panels, save
 from progress import SMALL, progress
@@ -93,6 +93,12 @@ class Run(NamedTuple):
         """The first evaluated step at which the training loss is no higher than `loss`."""
         reached = (step for step, here in zip(self.steps, self.train_loss, strict=True) if here <= loss < math.inf)
         return next(reached, None)
+
+
+def schedule(rate: float | Array, steps: int) -> optax.Schedule:
+    """A warm-up and a cosine to zero. The rate is a factor, so that it may be an argument of a jitted function."""
+    shape = optax.warmup_cosine_decay_schedule(0.1, 1.0, max(1, steps // 20), steps)
+    return lambda count: rate * shape(count)
 
 
 def train_step(model: Any, optimizer: Optimizer, steps: int) -> Callable[..., tuple[Any, Any]]:

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import schedule
 from jax import Array
+from language_model import schedule
 from plots import draw, panels, save
 from progress import SMALL, progress
 from rich import box

@@ -18,6 +18,7 @@ def panels(number: int) -> tuple[Figure, list[Axes]]:
 
 def draw(axes: Axes, steps: np.ndarray, curves: np.ndarray, baseline: str, line: str, label: str) -> None:
     """The median of the curves of all seeds, (seeds, steps), and between the lowest and the highest a band."""
+    curves = np.where(np.isnan(curves), np.inf, curves)  # a seed that diverged is worse than all others
     axes.plot(steps, np.median(curves, 0), line, color=COLORS[baseline], label=label)
     if len(curves) > 1:
         axes.fill_between(steps, curves.min(0), curves.max(0), color=COLORS[baseline], alpha=0.15, linewidth=0)
