@@ -339,6 +339,8 @@ def test_one_program_serves_all_steps_and_every_way_to_call_it(x64):
         updates, state = update(at(grads, step), state, params)
         taken.append(updates)
     assert update._cache_size() == 1
+    np.testing.assert_allclose(np.abs(taken[0]["matrix"]), 0.1, rtol=1e-5)  # Adam's step: the start is `every`
+    assert not np.allclose(np.abs(taken[1]["matrix"]), 0.1, rtol=1e-2)
 
     def seeds(grads, params):
         def step(state, gradient):
