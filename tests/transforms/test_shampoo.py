@@ -263,6 +263,7 @@ def test_roots_that_fail_leave_the_old_ones_in_their_block_alone():
         "two blocks": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32),
         "rank one": jnp.asarray(np.outer(rng.normal(size=4), rng.normal(size=3)), jnp.float32),
         "condition": jnp.asarray(orthogonal * np.logspace(0, -4, 4) @ orthogonal.T, jnp.float32),
+        "wide": jnp.asarray(rng.normal(size=(2, 4)), jnp.float32),
         "zero": jnp.zeros((3, 3)),
     }
     tx = eva_optax.scale_by_shampoo(start=1, every=1, block=4, graft=None)
@@ -272,7 +273,8 @@ def test_roots_that_fail_leave_the_old_ones_in_their_block_alone():
     assert state.skipped == 0
     assert not np.any(updates["zero"])
     np.testing.assert_array_equal(state.roots["zero"][0].step, 0)
-    np.testing.assert_allclose(state.roots["rank one"][0].condition, 1e6, rtol=0.2)
+    for name in ("rank one", "wide"):  # of the second axis, of rank two
+        np.testing.assert_allclose(state.roots[name][0].condition, 1e6, rtol=0.2)
     ((rows, columns),) = state.statistics["two blocks"]
     statistics = state.statistics | {"two blocks": ((rows.at[0, 1, 0, 0].set(jnp.nan), columns),)}
     updates, after = update(grads, state._replace(statistics=statistics))
@@ -337,6 +339,8 @@ def test_one_program_serves_all_steps_and_every_way_to_call_it(x64):
         updates, state = update(at(grads, step), state, params)
         taken.append(updates)
     assert update._cache_size() == 1
+    np.testing.assert_allclose(np.abs(taken[0]["matrix"]), 0.1, rtol=1e-5)  # Adam's step: the start is `every`
+    assert not np.allclose(np.abs(taken[1]["matrix"]), 0.1, rtol=1e-2)
 
     def seeds(grads, params):
         def step(state, gradient):
