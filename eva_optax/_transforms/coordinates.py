@@ -44,6 +44,7 @@ def conjugate(
       f(z) = \bigl((z + \mathrm{damping}) / (1 + \mathrm{damping})\bigr)^{-1/2}.
 
     A rank of 0 has the mean input and the mean square alone: R is of the first form, with the damping that they tell.
+    With `tap(model, factors="input")` all of A is there, and R is f(A); `scale_by_foof` has the same to the power −1.
 
     This is `inner` after the change of variables W = R V, and so it is right for transformations that are not linear in
     the gradient: Adam, Muon, Lion. Around SGD it is the one-sided preconditioner R².
@@ -55,16 +56,16 @@ def conjugate(
 
     Args:
       inner: the transformation to run.
-      damping: > 0; with `relative` a multiple of ‖(a, 1)‖², of the mean eigenvalue for a sketch; else it is γ in
+      damping: > 0; with `relative` a multiple of ‖(a, 1)‖², of the mean eigenvalue for second moments; else it is γ in
         R = (I + (a,1)(a,1)ᵀ/γ)^(−1/2), or (I + A/γ)^(−1/2).
       relative: whether the damping is relative.
       decay: weight of the old value in the running mean, in [0, 1); the first value is taken as it is.
       sketch_decay: the same for second moments, whose first values all count alike.
-      every: how many steps the whitened directions of a sketch are kept; in the first ones they are renewed each step.
+      every: how many steps R of second moments is kept; in the first ones it is renewed each step.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `ConjugateState`, or `SketchState` for a model tapped with a
-      rank. Where the directions of a sketch are not finite, the old ones are kept. Updates have the gradients' shapes
+      rank, or for factors. Where a new R is not finite, the old one is kept. Updates have the gradients' shapes
       and dtypes; parameters that are not tapped get what `inner` makes of them, probes get zero.
 
     Raises:
