@@ -57,7 +57,8 @@ def saved_steps(output: Path) -> list[int]:
 def restored(output: Path, step: int) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint by their paths."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.CheckpointManager(output / "checkpoints") as manager:
+    handlers = {"state": ocp.StandardCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(output / "checkpoints", item_handlers=handlers) as manager:
         assert manager.latest_step() == step
         metadata = manager.item_metadata(step)["state"]
         wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), metadata)

@@ -179,6 +179,27 @@ def test_folders_of_jpeg(folders):
         assert is_colour(batch["inputs"][1], GREEN)
 
 
+def test_classes_are_in_the_order_of_their_names(tmp_path):
+    names = [f"n{number:02}" for number in RANDOM.permutation(12)]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(jpeg(RED))
+    found = imagenet.Files.find(tmp_path, 16, 12)
+    assert [path.parent.name for path in found.paths] == sorted(names)
+    assert found.labels.tolist() == list(range(12))
+
+
+def test_images_are_mirrored_by_the_last_draw():
+    image = Image.new("RGB", (40, 40), RED)
+    image.paste(GREEN, (0, 0, 40, 20))
+    image = image.rotate(90)  # green on the left, red on the right
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95)
+    for draws, left in ((None, GREEN), ([0.99, 0.5, 0.5, 0.5, 0.4], GREEN), ([0.99, 0.5, 0.5, 0.5, 0.6], RED)):
+        pixels = imagenet.decode(file.getvalue(), 16, draws if draws is None else np.array(draws))
+        assert is_colour(pixels[:, :4], left), draws
+
+
 def test_a_broken_jpeg_is_named(folders):
     broken = folders / "train" / "n01" / "n01_1.JPEG"
     for content in (jpeg(RED)[:200], jpeg(RED)[: len(jpeg(RED)) // 2], b"not a picture", b""):
@@ -372,5 +393,6 @@ def test_random_boxes_lie_inside_and_have_the_areas_and_ratios_drawn():
         if right - left < 99 and bottom - top < 79:  # not cut to the image
             area, ratio = (right - left) * (bottom - top) / 8000, (right - left) / (bottom - top)
             np.testing.assert_allclose(area, 0.08 + 0.92 * draws[0], rtol=1e-6)
-            assert 3 / 4 - 1e-6 <= ratio <= 4 / 3 + 1e-6
+            logs = np.log(3 / 4), np.log(4 / 3)
+            np.testing.assert_allclose(np.log(ratio), logs[0] + draws[1] * (logs[1] - logs[0]), atol=1e-6)
     assert augment.central_box(512, 256) == (144, 16, 368, 240)

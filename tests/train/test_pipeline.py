@@ -50,6 +50,13 @@ def test_seeds_order_and_augment_alike_each_time_and_differ_among_each_other(sou
     assert not np.array_equal(plain["inputs"], first["inputs"])
 
 
+def test_seeds_change_the_augmentation_of_the_same_rows(source):
+    order = grain.MapDataset.range(EXAMPLES).repeat()
+    first, other = (pipeline.Loader(source, order, BATCH, seed, True, 0, 1)(0) for seed in (0, 1))
+    np.testing.assert_array_equal(first["labels"], other["labels"])
+    assert not np.array_equal(first["inputs"], other["inputs"])
+
+
 def test_a_state_goes_on_at_the_next_batch(source):
     wanted = list(pipeline.training(source, config(), steps=10))
     batches = pipeline.training(source, config(), steps=10)
