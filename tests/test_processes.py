@@ -1,4 +1,4 @@
-"""The program in one process, on other devices, and in two processes that are killed and started again."""
+"""`examples.train` in one process, on other devices, and in two processes that are killed and started again."""
 
 import signal
 import socket
