@@ -1,5 +1,7 @@
 """What several test files need: the family, comparisons of trees, and what stands in probes and averages."""
 
+import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -95,3 +97,9 @@ def averages(state: Any, layer: str = "") -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(optax.tree.get(state, "vectors"))
     found = {names(path): leaf for path, leaf in leaves if names(path)[: len(place)] == place}
     return {path[-1]: leaf for path, leaf in found.items() if path[-1] in ("a", "b")}
+
+
+def stacks_of(factorization: str, function: Callable[..., Any], *arguments: Any) -> list[str]:
+    """The shapes of the stacks that a function factorizes, each once."""
+    jaxpr = str(jax.make_jaxpr(partial(function, *arguments))())
+    return sorted(set(re.findall(rf"f64\[([\d,]+)\](?: \S+)? = {factorization}\b", jaxpr)))

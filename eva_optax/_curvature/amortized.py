@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -39,12 +39,27 @@ def in_stacks(function: Callable[..., Any], matrices: Sequence[Array], *operands
         for operand in operands:
             each = zip((jnp.asarray(operand[place], dtype) for place in places), batches, strict=True)
             numbers.append(jnp.concatenate([jnp.broadcast_to(number, batch).ravel() for number, batch in each]))
-        made = _share_out(function, stack, *numbers)
+        made = _share_out(partial(one_by_one, function), stack, *numbers)
         start = 0
         for place, batch in zip(places, batches, strict=True):
             results[place] = jax.tree.map(_part(start, batch), made)
             start += math.prod(batch)
     return results
+
+
+def one_by_one(function: Callable[..., Any], *stacks: Any) -> Any:
+    """`function` of stacks, for a CPU of stacks of one, in turn.
+
+    There JAX 0.10 lets kernels of LAPACK hand the matrices of a stack to the threads that they run on themselves, and
+    wait: as many such kernels at a time as there are threads wait for ever. JAX 0.11 does not.
+    """
+    count = len(jax.tree.leaves(stacks)[0])
+
+    def in_turn(*stacks: Any) -> Any:
+        made = jax.lax.map(lambda parts: function(*jax.tree.map(lambda part: part[None], parts)), stacks)
+        return jax.tree.map(lambda array: array[:, 0], made)
+
+    return function(*stacks) if count == 1 else jax.lax.platform_dependent(*stacks, cpu=in_turn, default=function)
 
 
 def _part(start: int, batch: tuple[int, ...]) -> Callable[[Array], Array]:

@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from eva_optax._curvature.amortized import one_by_one
 from eva_optax._curvature.curvature import Damping, Gradient
 from eva_optax._curvature.inverses import EXACT, Factor, Health, Moment, powers
 from eva_optax._curvature.nystrom import Basis, whiten
@@ -169,8 +170,8 @@ def _basis(side: Side, shift: Array, floor: Array, power: ArrayLike) -> tuple[Ba
     def one(sketch: Array | None, mean: Array, square: Array, shift: Array, floor: Array) -> Basis:
         return whiten(sketch, side.omega, mean, square, shift, floor, has_bias=side.has_bias, power=power)
 
-    mapped = (None if side.sketch is None else 0, 0, 0, 0, 0)
-    basis = jax.vmap(one, mapped)(side.sketch, side.mean, side.trace - side.has_bias, shift, floor)
+    mapped = jax.vmap(one, (None if side.sketch is None else 0, 0, 0, 0, 0))
+    basis = one_by_one(mapped, side.sketch, side.mean, side.trace - side.has_bias, shift, floor)
     squares = jnp.sum(jnp.square(basis.kernel), 1, keepdims=True)
     squares = squares if basis.bias is None else squares + jnp.square(basis.bias)
     condition = 1 / jnp.maximum(1 - jnp.max(squares, 2, keepdims=True), jnp.finfo(squares.dtype).eps)
