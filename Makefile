@@ -3,7 +3,7 @@
 #   make test    lint, types and tests
 # Two more make the documentation:
 #   make docs    serves it and follows changes; EXECUTE_NOTEBOOKS=true runs the notebook for its outputs
-#   make site    builds it strictly into site/, and checks its links
+#   make site    builds it strictly into site/, checks its links, and runs the code that it shows
 # And one that takes four minutes more:
 #   make test-train    the tests of the training program, examples/train
 # PYTHON chooses the interpreter, DEMO passes options to the demo (DEMO=--small for a quick look).
@@ -29,6 +29,7 @@ docs: $(VENV)/docs
 site: $(VENV)/docs $(VENV)/test
 	$(VENV)/bin/mkdocs build --strict
 	$(VENV)/bin/pytest -n 0 tests/test_site.py
+	$(VENV)/bin/pytest -m 'docs and not slow'
 
 test-train: $(VENV)/test
 	$(VENV)/bin/pytest -m "train and not slow"

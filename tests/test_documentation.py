@@ -20,6 +20,7 @@ RUN = [path for path in PAGES if "```python" in path.read_text()]
 pytestmark = pytest.mark.usefixtures("as_a_user")
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", RUN, ids=[path.stem for path in RUN])
 def test_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matplotlib.use("Agg")

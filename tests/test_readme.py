@@ -24,6 +24,7 @@ from tests.pages import (
 pytestmark = pytest.mark.usefixtures("as_a_user")
 
 
+@pytest.mark.docs
 def test_the_first_diff_of_the_readme_prints_what_it_says_and_wins_for_each_of_eight_seeds() -> None:
     diff, printed = FENCE.findall(README)[:2]
     assert (diff[0], printed[0]) == ("diff", "text")

@@ -9,8 +9,6 @@ import matplotlib
 import numpy as np
 import pytest
 
-from tests.flax.nnx_cases import NNX_JIT_RUNS
-
 ROOT = Path(__file__).parent.parent.parent
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 SHORT = {"STEPS = 1000": "STEPS = 30", "STEPS = 1500": "STEPS = 60", "STEPS = 300": "STEPS = 40"}
@@ -30,8 +28,6 @@ def install(path: Path) -> str:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, capsys):
-    if path.stem == "colab" and not NNX_JIT_RUNS:
-        pytest.skip("nnx.jit fails for this pair of JAX and Flax")
     matplotlib.use("Agg")
     names: dict = {"__name__": "notebook"}
     exec(compile(install(path), path.name, "exec"), names)
