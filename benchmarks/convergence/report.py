@@ -5,8 +5,10 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from matplotlib import rc_context
+
 from benchmarks.common.results import publish, table
-from benchmarks.convergence import figures
+from benchmarks.convergence import claim, figures
 from benchmarks.convergence.optimizers import BASELINES, OPTIMIZERS, Optimizer
 from benchmarks.convergence.records import Records
 from benchmarks.convergence.tasks import TASKS
@@ -86,7 +88,13 @@ def write(records: Records, directory: Path) -> None:
     if not found:
         print("Nothing to report: no optimizer has been tested together with its baseline yet.")
         return
-    publish(tables(records, found), directory / "convergence.md", "convergence")
+    compared_in_seconds = claim.efforts(records)
+    parts = claim.text(compared_in_seconds), tables(records, found)
+    publish("\n\n".join(filter(None, parts)), directory / "convergence.md", "convergence")
     compared = {key: summary for key, summary in found.items() if key[1] not in BASELINES}
-    for name, figure in figures.draw(compared).items():
+    drawn = figures.draw(compared)
+    if compared_in_seconds:
+        with rc_context(figures.STYLE):
+            drawn["claim"] = claim.draw(compared_in_seconds)
+    for name, figure in drawn.items():
         figure.savefig(directory / f"convergence_{name}.png")
