@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads that wait for work take it from the other worker
 # Most tests compile far longer than they run, so that optimized code would not pay, nor does splitting small programs
 # into many parts for threads that the workers share. The last flag, which newer versions refuse, leaves out MLIR's
 # emitters: they take several times as long for each kernel.

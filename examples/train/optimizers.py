@@ -73,17 +73,13 @@ OPTIMIZERS = {
     "center_adamw": Optimizer(center_adamw, 2e-3, 0.05, MEAN_INPUT),
     "eva_adamw": Optimizer(partial(eva_optax.eva_adamw, b2=B2), 2e-3, 0.05, MEAN_INPUT, sketches=True),
     "eva_muon": Optimizer(partial(eva_optax.eva_muon, **MUON), 0.02, 0.05, MEAN_INPUT, sketches=True),
+    # With matrices in the place of vectors.
+    "kfac": Optimizer(eva_optax.kfac, 0.1, 5e-4, {"factors": "both", "sharing": "reduce"}),
+    "foof": Optimizer(eva_optax.foof, 0.01, 0.0, {"factors": "input"}),
+    "foof_adamw": Optimizer(partial(eva_optax.foof_adamw, b2=B2), 2e-3, 0.05, {"factors": "input"}),
+    "foof_muon": Optimizer(partial(eva_optax.foof_muon, **MUON), 0.02, 0.05, {"factors": "input"}),
+    "shampoo": Optimizer(partial(eva_optax.shampoo, graft_decay=B2), 2e-3, 0.05),
 }
-# With matrices in the place of vectors, as far as this version of the library has them: rate, decay, tap.
-MATRICES: dict[str, tuple[float, float, dict[str, Any] | None]] = {
-    "kfac": (0.1, 5e-4, {"factors": "both"}),
-    "foof": (0.01, 5e-4, {"factors": "input"}),
-    "foof_adamw": (2e-3, 0.05, {"factors": "input"}),
-    "shampoo": (0.1, 5e-4, None),
-}
-for _name, _defaults in MATRICES.items():
-    if hasattr(eva_optax, _name):
-        OPTIMIZERS[_name] = Optimizer(getattr(eva_optax, _name), *_defaults)
 
 
 def find(name: str) -> Optimizer:
