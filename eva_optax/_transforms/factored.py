@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.experimental.shard_alike import shard_alike
 from jax.typing import ArrayLike
 
 from eva_optax._curvature.curvature import Damping, Gradient, Tapped, cosine
@@ -172,11 +171,22 @@ class _Product(NamedTuple):
         numbers = zip(unstack(usable), unstack(factor), strict=True)
         layers = zip(part.bucket.layers, part.gradients, self.changed, numbers, strict=True)
         for layer, given, (kernel, bias), (use, scale) in layers:
-            # Products with matrices would otherwise lie as these do.
-            kernel, _ = shard_alike(jnp.where(use, scale * kernel, given.kernel), given.kernel)
+            kernel = _placed_as(jnp.where(use, scale * kernel, given.kernel), given.kernel)
             if bias is not None and given.bias is not None:
-                bias, _ = shard_alike(jnp.where(use, scale * bias, given.bias), given.bias)
+                bias = _placed_as(jnp.where(use, scale * bias, given.bias), given.bias)
             layer.place(kernel, bias, leaves)
+
+
+def _placed_as(value: Array, like: Array) -> Array:
+    """`value` sharded as `like`: products with matrices would otherwise lie as these do.
+
+    JAX 0.12 has nothing that says so where shardings are no part of the types; there the compiler decides.
+    """
+    try:
+        from jax.experimental.shard_alike import shard_alike
+    except ImportError:
+        return value
+    return shard_alike(value, like)[0]
 
 
 def _multiply(part: Part, gg: Array, inverses: Sequence[Any], gain: ArrayLike) -> _Product:
