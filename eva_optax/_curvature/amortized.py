@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
-from eva_optax._probes.tap import replicate, vary_like
+from eva_optax._probes.placement import replicate, vary_like
 
 
 def in_stacks(function: Callable[..., Any], matrices: Sequence[Array], *operands: Sequence[ArrayLike]) -> list[Any]:

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from eva_optax._curvature.along_axes import Along
 from eva_optax._curvature.curvature import Damping, Gradient, safe_divide
 from eva_optax._curvature.inverses import EXACT, Eigenbasis, Factor, eigenbases
 from eva_optax._curvature.nystrom import Basis
 from eva_optax._curvature.one_factor import (
-    Along,
     Diagonal,
     Power,
     Side,
@@ -29,8 +29,8 @@ from eva_optax._curvature.one_factor import (
     side_powers,
 )
 from eva_optax._probes.layout import Layout
+from eva_optax._probes.placement import replicate
 from eva_optax._probes.sketch_axes import SketchAxes
-from eva_optax._probes.tap import replicate
 
 Split = Literal["pi", "eigen"]
 LARGEST_RESIDUAL = 0.1

@@ -10,20 +10,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from eva_optax._curvature.along_axes import Along
 from eva_optax._curvature.amortized import one_by_one
 from eva_optax._curvature.curvature import Damping, Gradient
-from eva_optax._curvature.inverses import EXACT, Factor, Health, Moment, powers
+from eva_optax._curvature.inverses import Factor, Health, Moment, powers
 from eva_optax._curvature.nystrom import Basis, whiten
 from eva_optax._probes.directions import directions
 from eva_optax._probes.layers import Layer
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import DIAGONAL, INPUTS, MOMENT, OUTPUTS, SKETCH, TRACE
 from eva_optax._probes.sketch_axes import SketchAxes
-
-_COLUMNS = "z"  # as in `SketchAxes`
+from eva_optax._probes.statistics import DIAGONAL, INPUTS, MOMENT, OUTPUTS, SKETCH, TRACE
 
 
 class Diagonal(NamedTuple):
@@ -176,67 +174,6 @@ def _basis(side: Side, shift: Array, floor: Array, power: ArrayLike) -> tuple[Ba
     squares = squares if basis.bias is None else squares + jnp.square(basis.bias)
     condition = 1 / jnp.maximum(1 - jnp.max(squares, 2, keepdims=True), jnp.finfo(squares.dtype).eps)
     return basis, Health(condition, jnp.zeros_like(condition))
-
-
-class Along:
-    """Products along the input axes of one kernel, placed as it is where shardings are part of the types.
-
-    What is multiplied is small: matrices (*batch, n, m), n for all input axes. Their columns get an axis of their own.
-    """
-
-    def __init__(self, axes: SketchAxes, kernel: Array) -> None:
-        self.axes = axes
-        self.sizes = dict(zip(axes.kernel, kernel.shape, strict=True))
-        spec = jax.typeof(kernel).sharding.spec
-        self.names = dict(zip(axes.kernel, spec, strict=True)) if any(spec) else {}
-
-    def to_columns(self, matrix: Array, kernel: Array, bias: Array | None = None, row: Array | None = None) -> Array:
-        """The products of each column, and of the row (*batch, 1, m) with the bias: (*batch, m, *outputs)."""
-        axes = self.axes
-        rows = self._product(axes.inputs, axes.kernel, axes.rows, matrix, kernel)
-        if bias is None or row is None:
-            return rows
-        return rows + self._product("", axes.bias, axes.rows, row, self._flat(bias))
-
-    def from_columns(self, matrix: Array, rows: Array) -> Array:
-        """A kernel of the columns, each as often as such rows say."""
-        return self._product(self.axes.inputs, self.axes.rows, self.axes.kernel, matrix, rows)
-
-    def to_bias(self, row: Array, rows: Array, like: Array) -> Array:
-        """A bias of the entries of the row (*batch, 1, m), each as often as such rows say."""
-        return self._product("", self.axes.rows, self.axes.bias, row, rows).reshape(like.shape)
-
-    def to_kernel(self, rows: Array) -> Array:
-        """Rows, one for each input, as a kernel."""
-        letters = self.axes.batch + self.axes.inputs + self.axes.outputs
-        split = rows.reshape([self.sizes[letter] for letter in letters])
-        return jnp.transpose(split, [letters.index(letter) for letter in self.axes.kernel])
-
-    def each(self, numbers: Array) -> Array:
-        """Numbers (*batch, n, 1) laid out against the kernel."""
-        known = self.axes.batch + self.axes.inputs
-        ordered = [letter for letter in self.axes.kernel if letter in known]
-        split = jnp.transpose(numbers.reshape(self.axes.sizes(known)), [known.index(letter) for letter in ordered])
-        return split.reshape([size if letter in known else 1 for letter, size in self.sizes.items()])
-
-    def scale(self, numbers: Array) -> Array:
-        """Numbers (*batch, 1, 1) laid out against the kernel."""
-        return numbers.reshape([self.sizes[c] if c in self.axes.batch else 1 for c in self.axes.kernel])
-
-    def _flat(self, bias: Array) -> Array:
-        sizes = zip(self.axes.kernel, bias.shape, strict=True)
-        return bias.reshape([size for letter, size in sizes if letter in self.axes.bias])
-
-    def _product(self, inputs: str, given: str, wanted: str, matrix: Array, array: Array) -> Array:
-        letters = f"{self.axes.batch}{inputs}{_COLUMNS}"
-        matrix = matrix.reshape(*self.axes.sizes(self.axes.batch + inputs), matrix.shape[-1])
-        matrix = jax.sharding.reshard(matrix, self._place(letters)) if self.names else matrix
-        equation = f"{letters},{given}->{wanted}"
-        return jnp.einsum(equation, matrix, array, precision=EXACT, out_sharding=self._place(wanted))
-
-    def _place(self, letters: str) -> PartitionSpec | None:
-        """Along the kernel's axes as the kernel."""
-        return PartitionSpec(*map(self.names.get, letters)) if self.names else None
 
 
 def multiply(axes: SketchAxes, power: Power, gradient: Gradient) -> Gradient:

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from eva_optax._flax.functions import is_nnx_module, tap
+from eva_optax._probes.collection import check_statistics
 from eva_optax._probes.layers import has_probes, take_apart
-from eva_optax._probes.probe import KRONECKER, VECTORS, check_statistics
+from eva_optax._probes.probe import KRONECKER
+from eva_optax._probes.statistics import VECTORS
 
 
 def attach(model: Any, params: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,8 @@ from eva_optax._flax.linen import Interceptor
 from eva_optax._flax.tapped_module import TappedModule
 from eva_optax._flax.verify import Errors, collect, perturbed, random_key, verifying
 from eva_optax._probes.layers import Layer, take_apart
-from eva_optax._probes.probe import DIAGONAL, INPUTS, MOMENT, OUTPUTS, TRACE, Path, is_probe
+from eva_optax._probes.probe import Path, is_probe
+from eva_optax._probes.statistics import DIAGONAL, INPUTS, MOMENT, OUTPUTS, TRACE
 
 if TYPE_CHECKING:
     from rich.table import Table

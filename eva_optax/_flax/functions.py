@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from eva_optax._probes.probe import VECTORS, check_statistics
+from eva_optax._probes.collection import check_statistics
+from eva_optax._probes.statistics import VECTORS
 from eva_optax._probes.switch import Flag, check_flag, forming_factors
 
 if TYPE_CHECKING:

@@ -34,17 +34,9 @@ from eva_optax._flax.plans import (
 )
 from eva_optax._flax.registry import registered_call
 from eva_optax._flax.verify import compare, is_verifying
-from eva_optax._probes.probe import (
-    KRONECKER,
-    KernelShapes,
-    LinearMap,
-    Path,
-    Probe,
-    make_probe,
-    probe_axis_names,
-    probe_name,
-    probe_shapes,
-)
+from eva_optax._probes.collection import probe_shapes
+from eva_optax._probes.linear_map import KernelShapes, LinearMap
+from eva_optax._probes.probe import KRONECKER, Path, Probe, make_probe, probe_axis_names, probe_name
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.einsum import Contraction
 

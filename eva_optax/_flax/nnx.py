@@ -14,7 +14,9 @@ from eva_optax._flax.plans import DEPENDS_ON_CALL, REPARAMETRISED, Plan, Shape, 
 from eva_optax._flax.raw_parameters import RECORDER, Recorder
 from eva_optax._flax.tapped_module import TappedModule
 from eva_optax._probes.layers import has_probes
-from eva_optax._probes.probe import KRONECKER, VECTORS, KernelShapes, Path, name_is_taken, probe_name
+from eva_optax._probes.linear_map import KernelShapes
+from eva_optax._probes.probe import KRONECKER, Path, name_is_taken, probe_name
+from eva_optax._probes.statistics import VECTORS
 
 _REPARAMETRISING = (nnx.WeightNorm, nnx.SpectralNorm)
 

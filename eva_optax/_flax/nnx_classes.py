@@ -14,7 +14,7 @@ from flax import nnx
 
 from eva_optax._flax.linen import linen_tapping
 from eva_optax._flax.nnx_layers import AnyKind, kind_of
-from eva_optax._probes.probe import VECTORS
+from eva_optax._probes.statistics import VECTORS
 
 _PREFIX = "Tapped:"
 

@@ -27,18 +27,10 @@ from eva_optax._flax.plans import (
 from eva_optax._flax.raw_parameters import RECORDER, RecordedCall
 from eva_optax._flax.registry import Registration, registered_class
 from eva_optax._flax.verify import compare, is_verifying
-from eva_optax._probes.probe import (
-    COUNTER,
-    KRONECKER,
-    STATISTICS,
-    VECTORS,
-    KernelShapes,
-    Probe,
-    accumulator,
-    probe_axis_names,
-    probe_name,
-    probe_shapes,
-)
+from eva_optax._probes.collection import probe_shapes
+from eva_optax._probes.linear_map import KernelShapes
+from eva_optax._probes.probe import COUNTER, KRONECKER, Probe, accumulator, probe_axis_names, probe_name
+from eva_optax._probes.statistics import STATISTICS, VECTORS
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.einsum import Contraction
 from eva_optax._statistics.equation import example_input

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eva_optax._probes.probe import LinearMap, Shape
+from eva_optax._probes.linear_map import LinearMap
+from eva_optax._probes.probe import Shape
 from eva_optax._statistics.convolution import Convolution
 from eva_optax._statistics.einsum import Contraction, Lookup
 from eva_optax._statistics.equation import parse_equation

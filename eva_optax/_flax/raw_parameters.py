@@ -8,7 +8,8 @@ from jax import Array
 
 from eva_optax._flax.registry import check_equation
 from eva_optax._flax.verify import compare, is_verifying
-from eva_optax._probes.probe import KRONECKER, KernelShapes, Path, Probe
+from eva_optax._probes.linear_map import KernelShapes
+from eva_optax._probes.probe import KRONECKER, Path, Probe
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.equation import parse_equation
 from eva_optax._statistics.ragged_dot import parse_ragged_dot, tap_ragged

@@ -11,7 +11,7 @@ import jax
 
 from eva_optax._flax.linen import Interceptor, linen_tapping
 from eva_optax._probes.layers import has_probes
-from eva_optax._probes.probe import VECTORS
+from eva_optax._probes.statistics import VECTORS
 
 
 @dataclass(frozen=True)

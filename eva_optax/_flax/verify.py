@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from eva_optax._probes.probe import LinearMap, Path, accumulator
+from eva_optax._probes.linear_map import LinearMap
+from eva_optax._probes.probe import Path, accumulator
 from eva_optax._statistics.einsum import Contraction
 from eva_optax._statistics.grouped import GroupedContraction
 

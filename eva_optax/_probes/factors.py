@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._probes.layers import Layer, take_apart
-from eva_optax._probes.probe import COUNTER, DIAGONAL, INPUTS, OUTPUTS, accumulator, is_probe
+from eva_optax._probes.probe import COUNTER, accumulator, is_probe
 from eva_optax._probes.sketch_axes import SketchAxes
+from eva_optax._probes.statistics import DIAGONAL, INPUTS, OUTPUTS
 from eva_optax._probes.vectors import read_counters
 
 

@@ -10,18 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import (
-    COUNTER,
-    KRONECKER,
-    Path,
-    Shape,
-    accumulator,
-    is_probe,
-    is_probe_leaf,
-    path_names,
-    statistic_of,
-)
-from eva_optax._probes.tap import shard_like
+from eva_optax._probes.linear_map import statistic_of
+from eva_optax._probes.placement import shard_like
+from eva_optax._probes.probe import COUNTER, KRONECKER, Path, Shape, accumulator, is_probe, path_names
+from eva_optax._probes.statistics import STATISTICS
 
 
 class Tree(NamedTuple):
@@ -49,6 +41,11 @@ def take_apart(tree: Any) -> Tree:
     """Flattens `tree`."""
     found, structure = jax.tree_util.tree_flatten_with_path(tree)
     return Tree([leaf for _, leaf in found], tuple(path_names(path) for path, _ in found), structure)
+
+
+def is_probe_leaf(path: Path) -> bool:
+    """Whether `path` has the form of a leaf of a probe; what else stands below their name is somebody else's."""
+    return path[-3:-2] == (KRONECKER,) and (statistic_of(path[-1]) in STATISTICS or path[-1] == COUNTER)
 
 
 def has_probes(tree: Any) -> bool:

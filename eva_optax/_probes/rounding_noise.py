@@ -8,9 +8,13 @@ The tap knows the terms of its own sum, and sends a bound on its noise along. Wh
 may cancel only across devices or calls.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+
+from eva_optax._probes.probe import NUMBERS
 
 # Each term carries a rounding error of its own; those that BatchNorm shares out over all terms alike do not average
 # out, and grow with the root of their number; so does the error of the accumulator, since compilers sum in blocks:
@@ -63,3 +67,8 @@ def _roundings(terms: Array, vector: Array, mean: bool) -> ArrayLike:
     roundings = (TERM_ROUNDINGS + SHARED_ROUNDINGS * count**0.5) * float(jnp.finfo(terms.dtype).eps)
     roundings = least(roundings + ACCUMULATOR_ROUNDINGS * count**0.5 * float(jnp.finfo(vector.dtype).eps), MOST_NOISE)
     return roundings / count if mean else roundings
+
+
+def share_of_noise(counter: tuple[int, ...]) -> float:
+    """A counter with batch axes has an entry for each of them, which share the noise of all."""
+    return (math.prod(counter) // NUMBERS) ** -0.5

@@ -7,8 +7,9 @@ from jax import Array
 
 from eva_optax._probes.directions import directions
 from eva_optax._probes.layers import take_apart
-from eva_optax._probes.probe import COUNTER, MOMENT, TRACE, accumulator
+from eva_optax._probes.probe import COUNTER, accumulator
 from eva_optax._probes.sketch_axes import SketchAxes
+from eva_optax._probes.statistics import MOMENT, TRACE
 from eva_optax._probes.vectors import read_counters
 
 

@@ -14,7 +14,6 @@ Second moments are formed where the flag of `switch` says so. A flag that is tra
 operand of its own, and the products stand in a `lax.cond`; the counters outside of it count each call.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,22 +25,12 @@ from jax import Array
 from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import PartitionSpec
 
-from eva_optax._probes.probe import (
-    CHECK_UNITS,
-    COUNTER,
-    FACTORS,
-    NUMBERS,
-    SKETCH,
-    STATISTICS,
-    LinearMap,
-    Moments,
-    Probe,
-    statistic_of,
-    unit_of,
-)
-from eva_optax._probes.rounding_noise import noise_bound
+from eva_optax._probes.linear_map import LinearMap, Moments, statistic_of
+from eva_optax._probes.placement import cast_like, vary, varying_axes
+from eva_optax._probes.probe import CHECK_UNITS, COUNTER, Probe, unit_of
+from eva_optax._probes.rounding_noise import noise_bound, share_of_noise
+from eva_optax._probes.statistics import FACTORS, SKETCH, STATISTICS
 from eva_optax._probes.switch import forms_factors
 
 
@@ -68,9 +57,9 @@ def tap(linear_map: LinearMap, has_bias: bool, probe: Probe, x: Array, y: Array)
     names = (*ordered, COUNTER)
     # Inside `shard_map` a cotangent must vary over the same mesh axes as its primal. Casting the probe also makes
     # JAX sum its cotangent over those axes, as it does for the kernel.
-    varying = _varying_axes(jax.typeof(x)) | _varying_axes(jax.typeof(y))
-    leaves = [_vary(jnp.asarray(probe[name]), varying) for name in names]
-    flags = [] if isinstance(flag, bool) else [_vary(jnp.asarray(flag, bool), varying)]
+    varying = varying_axes(jax.typeof(x)) | varying_axes(jax.typeof(y))
+    leaves = [vary(jnp.asarray(probe[name]), varying) for name in names]
+    flags = [] if isinstance(flag, bool) else [vary(jnp.asarray(flag, bool), varying)]
     return _tap.bind(
         y, x, *flags, *leaves, linear_map=linear_map, has_bias=has_bias, names=names, switched=bool(flags), levels=()
     )
@@ -92,8 +81,8 @@ def _statistic(linear_map: LinearMap, name: str, array: Array, shape: tuple[int,
 
     if flag is None or not _is_moment(name):
         return compute(array)
-    wanted, varying = jax.eval_shape(compute, array), _varying_axes(jax.typeof(array))
-    return jax.lax.cond(flag, compute, lambda array: _vary(jnp.zeros(wanted.shape, wanted.dtype), varying), array)
+    wanted, varying = jax.eval_shape(compute, array), varying_axes(jax.typeof(array))
+    return jax.lax.cond(flag, compute, lambda array: vary(jnp.zeros(wanted.shape, wanted.dtype), varying), array)
 
 
 def _expand(primitive: Primitive, primals: Sequence[Any], series: Sequence[Any], **params: Any) -> tuple[Any, Any]:
@@ -122,7 +111,7 @@ def _differentiate_tap(primals: Sequence[Any], tangents: Sequence[Any], **params
             f"{linear_map.kernel_shape}): its mean input is not defined. Drop empty batches before the training step."
         )
 
-    share = _share_of_noise(probe[-1].shape[len(levels) :])
+    share = share_of_noise(probe[-1].shape[len(levels) :])
 
     def statistics_of_input(x: Array) -> list[Array]:
         statistics, bounds = [], []
@@ -190,7 +179,7 @@ def _transpose_collect(
             value = _statistic(linear_map, name, dy, leaves[name].shape[level_count:], *flags)
             found[name] = value * unit
             if name == "b":
-                bound = noise_bound(dy, value, unit * _share_of_noise(counter), mean=False)
+                bound = noise_bound(dy, value, unit * share_of_noise(counter), mean=False)
         numbers.append(bound)
         found[COUNTER] = jnp.concatenate([part.astype(leaves[COUNTER].dtype) for part in numbers])
         return [jnp.broadcast_to(found[name], counter) if name == COUNTER else found[name] for name in names]
@@ -199,15 +188,10 @@ def _transpose_collect(
         all_statistics = jax.vmap(all_statistics)
     statistics = all_statistics(cotangent, of_input)
     to_probe = (
-        _like(value, _aval(leaf)) if ad.is_undefined_primal(leaf) else None
+        cast_like(value, _aval(leaf)) if ad.is_undefined_primal(leaf) else None
         for value, leaf in zip(statistics, probe, strict=True)
     )
     return (to_dy, *(None for _ in before), *to_probe)
-
-
-def _share_of_noise(counter: tuple[int, ...]) -> float:
-    """A counter with batch axes has an entry for each of them, which share the noise of all."""
-    return (math.prod(counter) // NUMBERS) ** -0.5
 
 
 def _batch_tap(arguments: Sequence[Any], axes: Sequence[Any], *, levels: tuple[bool, ...], **params: Any) -> Any:
@@ -263,41 +247,3 @@ def _is_zero(size: Any) -> bool:
 
 def _aval(leaf: Any) -> Any:
     return leaf.aval if ad.is_undefined_primal(leaf) else jax.typeof(leaf)
-
-
-def _varying_axes(aval: Any) -> frozenset[str]:
-    """The mesh axes of the enclosing `shard_map` over which an array of this type may differ."""
-    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # renamed in JAX 0.10
-
-
-def _vary(leaf: Array, axes: frozenset[str]) -> Array:
-    missing = tuple(sorted(axes - _varying_axes(jax.typeof(leaf))))
-    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-
-def _like(value: Array, aval: Any) -> Array:
-    """`value` with the shape, dtype, varying axes and sharding of `aval`."""
-    value = value.astype(aval.dtype)
-    value = value if value.shape == aval.shape else jnp.broadcast_to(value, aval.shape)
-    value = _vary(value, _varying_axes(aval))
-    return _sharded(value, aval.sharding)
-
-
-def vary_like(value: Array, leaf: Array) -> Array:
-    """`value` as one that differs over the mesh axes that `leaf` differs over, within `shard_map`."""
-    return _vary(value, _varying_axes(jax.typeof(leaf)))
-
-
-def shard_like(value: Array, leaf: Array) -> Array:
-    """`value` with the sharding of `leaf`, where shardings are part of the types (explicit mesh axes)."""
-    return _sharded(value, jax.typeof(leaf).sharding)
-
-
-def replicate(value: Array) -> Array:
-    """`value` whole on every device, where shardings are part of the types."""
-    sharding: Any = jax.typeof(value).sharding
-    return jax.sharding.reshard(value, PartitionSpec()) if any(sharding.spec) else value
-
-
-def _sharded(value: Array, wanted: Any) -> Array:
-    return value if jax.typeof(value).sharding.spec == wanted.spec else jax.sharding.reshard(value, wanted)

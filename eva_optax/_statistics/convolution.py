@@ -15,7 +15,8 @@ import numpy as np
 from jax import Array
 
 from eva_optax._probes.directions import directions
-from eva_optax._probes.probe import Moments, accumulator
+from eva_optax._probes.linear_map import Moments
+from eva_optax._probes.probe import accumulator
 from eva_optax._statistics.images import Padding, channels_last, images, pad, padded_positions, patches, some_images
 from eva_optax._statistics.moments import input_moment, output_moment
 from eva_optax._statistics.window_sums import Reads, window_sums

@@ -12,7 +12,8 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
 from eva_optax._probes.directions import directions
-from eva_optax._probes.probe import Moments, accumulator
+from eva_optax._probes.linear_map import Moments
+from eva_optax._probes.probe import accumulator
 from eva_optax._statistics.moments import input_moment, output_moment, some_positions
 from eva_optax._statistics.sketches import thin
 

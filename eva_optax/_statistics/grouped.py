@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from jax import Array
 
-from eva_optax._probes.probe import Moments, Shape
+from eva_optax._probes.linear_map import Moments
+from eva_optax._probes.probe import Shape
 from eva_optax._statistics.einsum import Contraction
 
 Split = tuple[Shape | None, ...]  # for each axis the sizes that it is split into, None for one that stays

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._probes.directions import directions
-from eva_optax._probes.probe import Moments, accumulator
+from eva_optax._probes.linear_map import Moments
+from eva_optax._probes.probe import accumulator
 from eva_optax._statistics.images import Padding, images, patches, some_images
 from eva_optax._statistics.moments import input_moment, output_moment
 

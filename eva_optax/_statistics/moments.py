@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
-from eva_optax._probes.probe import Moments, Shape, accumulator
+from eva_optax._probes.linear_map import Moments
+from eva_optax._probes.probe import Shape, accumulator
 
 
 def input_moment(rows: Array, shapes: tuple[Shape, Shape], axis: int, moments: Moments) -> Array:

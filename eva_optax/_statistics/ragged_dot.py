@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._probes.directions import directions
-from eva_optax._probes.probe import INPUTS, MOMENT, TRACE, Moments, Probe, Shape, accumulator, statistic_of
+from eva_optax._probes.linear_map import Moments, statistic_of
+from eva_optax._probes.probe import Probe, Shape, accumulator
+from eva_optax._probes.statistics import INPUTS, MOMENT, TRACE
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.einsum import Contraction
 from eva_optax._statistics.equation import parse_equation, split_terms

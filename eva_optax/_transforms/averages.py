@@ -8,7 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from eva_optax._probes.fusion import materialize
-from eva_optax._probes.probe import FACTORS, OUTPUTS, TRACE
+from eva_optax._probes.statistics import FACTORS, OUTPUTS, TRACE
 from eva_optax._probes.vectors import Scales
 
 Vectors = dict[str, Array]

@@ -15,8 +15,8 @@ from eva_optax._curvature.blocks import Blocks
 from eva_optax._curvature.roots import Power, power
 from eva_optax._curvature.shampoo import Roots, apply, graft
 from eva_optax._probes.layers import take_apart
+from eva_optax._probes.placement import vary_like
 from eva_optax._probes.probe import accumulator
-from eva_optax._probes.tap import vary_like
 from eva_optax._transforms.hidden_probes import hide_places
 from eva_optax._transforms.options import check_decay, check_names, check_nested, check_positive
 from eva_optax._transforms.parameter_stacks import Taken, check_fit, find_stacks

@@ -16,9 +16,9 @@ from eva_optax._curvature.one_sided import OneSided
 from eva_optax._curvature.sums import column_products, stack_biases
 from eva_optax._probes.layers import Layer, Tree
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import DIAGONAL, FACTORS, INPUTS, TRACE
 from eva_optax._probes.sketch_axes import SketchAxes
 from eva_optax._probes.stacking import unstack
+from eva_optax._probes.statistics import DIAGONAL, FACTORS, INPUTS, TRACE
 from eva_optax._transforms.averages import Vectors, has_weights
 from eva_optax._transforms.driver import Part, Step, total_like
 from eva_optax._transforms.renewal import Source, renew_inverses, start_inverses

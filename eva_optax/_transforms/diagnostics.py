@@ -10,7 +10,9 @@ from jax import Array
 
 from eva_optax._probes.layers import layer_names, take_apart
 from eva_optax._probes.layout import find_stacked
-from eva_optax._probes.probe import COUNTER, FACTORS, MOMENT, TRACE, Path, is_probe, statistic_of
+from eva_optax._probes.linear_map import statistic_of
+from eva_optax._probes.probe import COUNTER, Path, is_probe
+from eva_optax._probes.statistics import FACTORS, MOMENT, TRACE
 from eva_optax._transforms.averages import has_weights
 from eva_optax._transforms.kept import Scalars
 from eva_optax._transforms.state import (

@@ -14,8 +14,10 @@ from eva_optax._curvature.kronecker import Recipe, Split, precondition
 from eva_optax._curvature.one_factor import input_names, output_names
 from eva_optax._probes.layers import Layer, Tree, take_apart
 from eva_optax._probes.layout import Layout
-from eva_optax._probes.probe import INPUTS, OUTPUTS, Moments, Shape, is_probe
+from eva_optax._probes.linear_map import Moments
+from eva_optax._probes.probe import Shape, is_probe
 from eva_optax._probes.stacking import stack, unstack
+from eva_optax._probes.statistics import INPUTS, OUTPUTS
 from eva_optax._transforms.averages import has_weights, keep_finite
 from eva_optax._transforms.changes import is_valid
 from eva_optax._transforms.driver import Part, Rate, observe, start, total_like

@@ -8,8 +8,8 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
-from eva_optax._probes.layers import Layer, Tree, how_to_tap
-from eva_optax._probes.probe import KRONECKER, is_probe, is_probe_leaf, name_is_taken, path_names
+from eva_optax._probes.layers import Layer, Tree, how_to_tap, is_probe_leaf
+from eva_optax._probes.probe import KRONECKER, is_probe, name_is_taken, path_names
 
 _TOGETHER = (
     f'A mask must keep or drop a layer as a whole, with all that stands below "{KRONECKER}" in it: decide by the '

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from eva_optax._probes.placement import replicate
 from eva_optax._probes.probe import Shape
-from eva_optax._probes.tap import replicate
 
 
 def packed_shape(shapes: Mapping[str, Shape]) -> Shape:

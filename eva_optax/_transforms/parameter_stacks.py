@@ -13,9 +13,9 @@ from jax.typing import ArrayLike
 from eva_optax._curvature.blocks import Blocks, find_blocks
 from eva_optax._curvature.shampoo import Roots, moments
 from eva_optax._probes.layers import Tree
+from eva_optax._probes.placement import replicate, shard_like
 from eva_optax._probes.probe import accumulator, is_probe
 from eva_optax._probes.stacking import stack, unstack
-from eva_optax._probes.tap import replicate, shard_like
 from eva_optax._transforms.state import ShampooState
 
 

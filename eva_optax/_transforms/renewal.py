@@ -12,10 +12,10 @@ from eva_optax._curvature.amortized import renew
 from eva_optax._curvature.curvature import Damping
 from eva_optax._curvature.kronecker import Inverse, Known, Recipe, identity_like, make_inverses
 from eva_optax._probes.layers import Layer, Tree
+from eva_optax._probes.placement import replicate, shard_like
 from eva_optax._probes.probe import accumulator
 from eva_optax._probes.sketch_axes import SketchAxes
 from eva_optax._probes.stacking import unstack
-from eva_optax._probes.tap import replicate, shard_like
 from eva_optax._transforms.averages import Vectors
 from eva_optax._transforms.driver import Part
 
