@@ -73,8 +73,11 @@ class Convolution:
     last_output_axis = -1
 
     def sketch(self, x: Array, rank: int, rows: int) -> Array:
+        return self.moment_along(x, directions(self.kernel_shape[:-1], rank, accumulator(x.dtype)), rows)
+
+    def moment_along(self, x: Array, omega: Array, rows: int) -> Array:
+        """XᵀXΩ / rows for any Ω, (*window, input channels / groups, r)."""
         x = some_images(x, len(self.strides), rows)
-        omega = directions(self.kernel_shape[:-1], rank, x.dtype)
         padded, padding = pad(x, self.padding, self.kernel_shape[:-2], self.kernel_dilation)
         convolve = partial(
             jax.lax.conv_general_dilated,
@@ -142,25 +145,32 @@ class PermutedConvolution:
 
     def sketch(self, x: Array, rank: int, rows: int) -> Array:
         batch, channels, *spatial = self.dimension_numbers.lhs_spec
-        moment = self.channels_last.sketch(jnp.transpose(x, (batch, *spatial, channels)), rank, rows)
-        return self._as_kernel(moment)
+        x, sizes = jnp.transpose(x, (batch, *spatial, channels)), self.channels_last.kernel_shape
+        # Directions are numbered as the kernel's inputs come.
+        omega = directions([sizes[axis] for axis in self._input_order], rank, accumulator(x.dtype))
+        omega = jnp.transpose(omega, (*np.argsort(self._input_order).tolist(), -1))
+        return self._as_kernel(self.channels_last.moment_along(x, omega, rows))
 
     def mean_square(self, x: Array, rows: int) -> Array:
         batch, channels, *spatial = self.dimension_numbers.lhs_spec
         return self._as_kernel(self.channels_last.mean_square(jnp.transpose(x, (batch, *spatial, channels)), rows))
 
     @property
-    def last_input_axis(self) -> int:
-        """A kernel that lacks the input axis has one of 1 in its window."""
-        axis = self.dimension_numbers.rhs_spec[1]
-        return (axis if axis < len(self.kernel_shape) else axis - 1) - len(self.kernel_shape)
+    def last_input_axis(self) -> int | None:
+        """None for a kernel that lacks the input axis."""
+        axis, rank = self.dimension_numbers.rhs_spec[1], len(self.kernel_shape)
+        return axis - rank if axis < rank else None
 
     is_lookup = False
 
     def input_moment(self, x: Array, moments: Moments) -> Array:
         batch, channels, *spatial = self.dimension_numbers.lhs_spec
-        x = jnp.transpose(x, (batch, *spatial, channels))
-        return self._as_kernel(self.channels_last.input_moment(x, moments))
+        moment = self.channels_last.input_moment(jnp.transpose(x, (batch, *spatial, channels)), moments)
+        inputs, groups = self.channels_last.kernel_shape[:-1], self.channels_last.groups
+        split = moment.reshape(*inputs, groups, *inputs)
+        count = len(inputs) + 1
+        columns = [count + axis for axis in self._input_order]
+        return self._as_kernel(jnp.transpose(split, (*range(count), *columns)).reshape(moment.shape))
 
     def output_moment(self, dy: Array, moments: Moments) -> Array:
         batch, channels, *spatial = self.dimension_numbers.out_spec
@@ -177,3 +187,8 @@ class PermutedConvolution:
         """The axes of `channels_last` (*window, input channels, output channels) as they come in the kernel."""
         outputs, inputs, *window = self.dimension_numbers.rhs_spec
         return tuple(np.argsort((*window, inputs, outputs)).tolist())
+
+    @property
+    def _input_order(self) -> tuple[int, ...]:
+        """The same without the outputs."""
+        return tuple(axis for axis in self._order if axis < len(self._order) - 1)

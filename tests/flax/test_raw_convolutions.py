@@ -195,3 +195,32 @@ def test_wrong_calls_name_the_argument(changed, message):
     arguments = {"kernel": "w", **SUBSAMPLING.how, **changed}
     with pytest.raises(ValueError, match=rf"eva_optax\.tap_conv: .*{message}"):
         eva_optax.tap_conv(layer, arguments.pop("kernel"), x, layer(x), **arguments)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_factors_of_a_raw_kernel_are_the_moments_of_what_it_reads_and_writes(case):
+    """Quadratic forms of A are the mean squares of outputs; B is the moment of the cotangents, a group at a time."""
+    x, model = draw(case.x, 3), eva_optax.tap(LinenLayer(case), factors="both")
+    params = model.init(jax.random.key(0), x)["params"]
+
+    @jax.jit
+    def everything(params):
+        y = case.convolve(x, params["w"])
+        return y, jax.grad(lambda params: jnp.sin(model.apply({"params": params}, x)).sum())(params)
+
+    y, grads = everything(params)
+    names = case.how.get("dimension_numbers", ("NCXYZ", "OIXYZ", "NCXYZ"))
+    groups, samples = case.how.get("feature_group_count", 1), x.shape[names[0].index("N")]
+    out, bias = names[1].index("O"), np.asarray(params.get("bias", 0))
+    y = np.moveaxis(np.asarray(y, np.float64), names[2].index("C"), -1).reshape(-1, groups, case.outputs // groups)
+    kernel = np.moveaxis(np.asarray(params["w"], np.float64), out, -1).reshape(-1, groups, case.outputs // groups)
+    (found,) = eva_optax.factors(grads).values()
+    size = len(kernel)
+    a = np.reshape(found.A, (groups, size, size))
+    np.testing.assert_allclose(np.einsum("igo,gij,jgo->go", kernel, a, kernel), np.mean(y**2, 0), rtol=1e-5)
+    if isinstance(case, Shifts):
+        assert found.B is None  # no axis of the kernel has room for its columns
+        return
+    dy = np.cos(y + bias.reshape(-1, groups, case.outputs // groups) if bias.ndim else y)
+    wanted = samples * np.einsum("rgi,rgj->gij", dy, dy)
+    np.testing.assert_allclose(np.reshape(found.B, wanted.shape), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
