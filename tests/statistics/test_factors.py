@@ -271,6 +271,28 @@ def test_nnx_layers_collect_the_same_factors():
     assert_close(found.A, dense_factors(np.asarray(half, np.float32)[:, None], dy[:, None], "expand")[0], 1e-6)
 
 
+def test_grouped_equations_have_the_factors_of_the_split_product():
+    class Heads(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("w", nn.initializers.normal(), (2, 3, 5))
+            y = jnp.einsum("nthi,hio->ntho", x.reshape(*x.shape[:2], 2, 3), w).reshape(*x.shape[:2], 10)
+            return eva_optax.tap_einsum(self, "w", "...(h i),h i o->...(h o)", x, y)
+
+    x = np.random.default_rng(0).normal(0.5, 1, (3, 4, 6)).astype(np.float32)
+    model = eva_optax.tap(Heads(), factors="both")
+    params = model.init(jax.random.key(0), x)["params"]
+
+    def loss(params, added):
+        return jnp.sin(model.apply({"params": params}, x) + added).sum()
+
+    grads, dy = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.zeros((3, 4, 10)))
+    found = eva_optax.factors(grads)[""]
+    rows, dy = x.reshape(12, 2, 3), np.asarray(dy).reshape(12, 2, 5)
+    assert_close(found.A, np.einsum("rhi,rhj->hij", rows, rows) / 12, 1e-5)
+    assert_close(found.B, 3 * np.einsum("rhi,rhj->hij", dy, dy), 1e-5)
+
+
 def test_experts_have_the_moments_of_their_rows():
     class Experts(nn.Module):
         @nn.compact
