@@ -31,11 +31,12 @@ def in_turn(steps: Mapping[Name, Callable[[], Any]], rounds: int, warm_up: int =
 
 
 class Carrying:
-    """A step as a function without arguments, which keeps for the next one what it returned."""
+    """Some steps as a function without arguments; each takes what the one before returned."""
 
-    def __init__(self, step: Callable[..., Any], carry: tuple[Any, ...], *rest: Any) -> None:
-        self.step, self.carry, self.rest = step, carry, rest
+    def __init__(self, step: Callable[..., Any], carry: tuple[Any, ...], *rest: Any, times: int = 1) -> None:
+        self.step, self.carry, self.rest, self.times = step, carry, rest, times
 
     def __call__(self) -> Any:
-        self.carry = self.step(*self.carry, *self.rest)
+        for _ in range(self.times):
+            self.carry = self.step(*self.carry, *self.rest)
         return self.carry

@@ -118,13 +118,7 @@ def time_steps(task: Task, optimizers: Mapping[str, Optimizer], rounds: int = 10
 
     def repeated(optimizer: Optimizer) -> Carrying:
         step = train_step(task.model, task.loss, optimizer)
-
-        def period(carry: Any, *rest: Any) -> tuple[Any]:
-            for _ in range(PERIOD):
-                carry = step(carry, *rest)
-            return (carry,)
-
-        return Carrying(period, (start(task, optimizer, seed=0),), *rest)
+        return Carrying(lambda *all: (step(*all),), (start(task, optimizer, seed=0),), *rest, times=PERIOD)
 
     seconds = in_turn({name: repeated(optimizer) for name, optimizer in optimizers.items()}, rounds)
     return {name: statistics.median(times) / PERIOD for name, times in seconds.items()}

@@ -11,15 +11,16 @@ from benchmarks.common.results import Key, Row, read_rows, write_rows
 from benchmarks.common.timing import Carrying, in_turn
 from benchmarks.cost.plans import KEYS
 from benchmarks.cost.program import Program
-from benchmarks.cost.steps import Step, make_step
+from benchmarks.cost.steps import OPTIMIZERS, Step, make_step
 from benchmarks.cost.targets import COMPILED, NO_PREFETCH, software_version
 
 TIMES = ("ms", "time_ratio")  # the median of a step, and that of its ratio to SGD's, round by round
 # What a compiler says about a step; bytes are those of one device. XLA's own flops and bytes accessed count the body of
 # a loop once; traffic counts as `benchmarks.cost.program` says. The peak is of arguments (parameters, state, batch),
 # results that replace none of them, and temporaries. On a GPU each launch is a kernel, or a call of a library.
-FIGURES = ("flops", "bytes_accessed", "hbm_bytes", "argument_bytes", "peak_bytes", "launches", "collectives")
-COLUMNS = (*KEYS, *TIMES, *FIGURES, "collective_bytes", "version")
+# Traffic is that of a step that renews what is renewed now and then, and of one that does not.
+FIGURES = ("flops", "bytes_accessed", "hbm_bytes", "between_bytes", "argument_bytes", "peak_bytes", "launches")
+COLUMNS = (*KEYS, *TIMES, *FIGURES, "collectives", "collective_bytes", "version")
 ROUNDS = 20
 
 
@@ -28,13 +29,15 @@ def compile_step(step: Step, options: Mapping[str, str] | None = None) -> tuple[
     compiled = step.trace().lower().compile(dict(options) if options else None)
     # There is no cost analysis where a GPU's compiler runs without a GPU.
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    program = Program(compiled.as_text())
+    text = compiled.as_text()
+    program = Program(text)
     moved = program.collectives().values()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return compiled, {
         "flops": cost.get("flops"),
         "bytes_accessed": cost.get("bytes accessed"),
         "hbm_bytes": program.hbm_bytes(),
+        "between_bytes": Program(text, rare=False).hbm_bytes(),
         "argument_bytes": memory.argument_size_in_bytes,
         "peak_bytes": memory.argument_size_in_bytes + new + memory.temp_size_in_bytes,
         "launches": program.launches(),
@@ -44,12 +47,14 @@ def compile_step(step: Step, options: Mapping[str, str] | None = None) -> tuple[
 
 
 def time_in_turn(steps: Mapping[str, tuple[Any, Step]]) -> dict[str, Row]:
-    """The times of compiled steps by name; the first is the measure."""
-    repeated = {}
+    """The times of compiled steps by name; the first is the measure. Where something has a period, that of a period."""
+    repeated, seconds = {}, {}
     for name, (compiled, step) in steps.items():
         arguments = step.make()
-        repeated[name] = Carrying(compiled, arguments[: step.donated], *arguments[step.donated :])
-    seconds = in_turn(repeated, ROUNDS)
+        period = OPTIMIZERS[name].period
+        repeated[name] = Carrying(compiled, arguments[: step.donated], *arguments[step.donated :], times=period)
+    for name, times in in_turn(repeated, ROUNDS).items():
+        seconds[name] = [turn / OPTIMIZERS[name].period for turn in times]
     base, found = next(iter(seconds.values())), {}
     for name, times in seconds.items():
         ratio = statistics.median(mine / theirs for mine, theirs in zip(times, base, strict=True))

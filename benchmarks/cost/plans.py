@@ -8,6 +8,7 @@ from benchmarks.common.results import Key
 KEYS = ("device", "case", "layout", "prefetch", "optimizer")  # what but the last tells apart who is compared
 ALL = ("sgd", "adamw", "muon", "eva+sgd", "eva_f+sgd", "eva", "eva_adamw")
 FEW = ("sgd", "adamw", "eva+sgd")
+RENEWED = ("eva_adamw", "eva_adamw@16", "kfac+sgd/10", "foof_adamw", "shampoo/10")
 SINGLE, DATA, PARALLEL = ("single",), ("data",), ("data", "fsdp", "tensor")
 UPDATES, SCANNED = ("update", "update-stacked"), ("gpt-12", "gpt-12-scan")
 MODELS = ("mlp", "bottlenecks", *SCANNED, "vit", "resnet50")
@@ -29,6 +30,10 @@ PLANS: dict[str, list[Key]] = {
         *plan("v5e:2x2", ("gpt-1",), ("single", *PARALLEL), FEW, "no"),
         *plan("v5e:2x2", ("gpt-12",), ("single", "data"), FEW, "no"),
         *plan("v5e:2x2", ("gpt-12-scan", "resnet50", "vit"), DATA, FEW, "no"),
+        # The compiler takes longer than ten minutes for the eigenvectors of foof_adamw.
+        *plan("v5e:2x2", ("update",), SINGLE, RENEWED[1:2], "no"),
+        *plan("v5e:2x2", ("gpt-1",), ("single", "data"), RENEWED[:3], "no"),
+        *plan("v5e:2x2", ("gpt-12", "resnet50"), DATA, RENEWED[:2], "no"),
         *plan("v5e:16x16", ("mlp",), PARALLEL, FEW, "no"),
         *plan("v5e:16x16", ("gpt-1",), DATA, FEW, "no"),
         *plan("v5p:2x2x1", ("mlp",), PARALLEL, FEW, "no"),
@@ -38,15 +43,17 @@ PLANS: dict[str, list[Key]] = {
     "h100": [
         *plan("1 GPU", (*UPDATES, "mlp", "bottlenecks"), SINGLE, ALL),
         *plan("1 GPU", (*SCANNED, "vit", "resnet50"), SINGLE, FEW),
+        *plan("1 GPU", ("mlp", "gpt-12", "resnet50"), SINGLE, RENEWED[:4]),
         *plan("8 GPUs", ("mlp",), PARALLEL, FEW),
         *plan("8 GPUs", ("bottlenecks",), DATA, FEW),
     ],
     "cpu": [
         *plan("1 device", MODELS, SINGLE, ALL),
+        *plan("1 device", ("mlp", "vit", "gpt-12"), SINGLE, RENEWED),
         *plan("8 devices", ("mlp", "bottlenecks", *SCANNED), DATA, ALL),
         *plan("8 devices", ("mlp",), ("fsdp", "tensor"), FEW),
     ],
-    "gpu": plan("1 device", MODELS, SINGLE, ALL),
+    "gpu": plan("1 device", MODELS, SINGLE, (*ALL, *RENEWED[1:])),
 }
 ADDED_TO = {"eva+sgd": "sgd", "eva_adamw": "adamw"}  # with Eva, and the same without
 OVERHEAD = [

@@ -2,8 +2,9 @@
 
 The convention: every instruction of the entry computation reads each operand and writes each result once, from and to
 HBM unless the layout places it on the chip, `S(1)`. A fusion is one instruction. The bodies of loops count as often as
-they run. Bytes are those that a buffer occupies, tile padding included. Of a buffer that is only sliced, gathered from
-or updated in place, the part that is touched counts. What an instruction reads twice from within is not seen.
+they run, once where the data decide, as in an iteration that converges. Bytes are those that a buffer occupies,
+tile padding included. Of a buffer that is only sliced, gathered from or updated in place, the part that is touched
+counts. What an instruction reads twice from within is not seen.
 
 The payload of a collective is what it hands to the network: its operand, or for an all-gather its result.
 """
@@ -37,10 +38,15 @@ class Run(NamedTuple):
 
 
 class Program:
-    """A compiled program, from what `compiled.as_text()` gives."""
+    """A compiled program, from what `compiled.as_text()` gives.
 
-    def __init__(self, text: str) -> None:
+    Of the branches of a conditional one runs: the one that moves most, or with `rare=False` the one that moves least,
+    as in a step that renews nothing.
+    """
+
+    def __init__(self, text: str, rare: bool = True) -> None:
         self.computations, self.entry = parse_program(text)
+        self.choose = max if rare else min
 
     def walk(self) -> Iterator[Run]:
         """Every instruction that runs; fusions are not entered."""
@@ -53,27 +59,21 @@ class Program:
             if one.opcode == "while":
                 for body in one.called("body"):
                     yield from self._walk(body, times * self.trip_count(one))
-            elif one.opcode == "conditional":  # only one branch runs: the dearest counts
+            elif one.opcode == "conditional":
                 branches = one.called("branch_computations", "true_computation", "false_computation")
-                dearest = max(branches, key=lambda branch: sum(map(self._traffic, self._walk(branch, 1.0))))
-                yield from self._walk(dearest, times)
+                chosen = self.choose(branches, key=lambda branch: sum(map(self._traffic, self._walk(branch, 1.0))))
+                yield from self._walk(chosen, times)
             elif one.opcode == "call":
                 for called in one.called("to_apply"):
                     yield from self._walk(called, times)
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a loop runs: as the compiler notes it, else the constant that its condition compares with.
-
-        Raises:
-          ValueError: if neither tells.
-        """
+        """How often a loop runs: as the compiler notes it, else the constant that its condition compares with, or 1."""
         condition = self.computations[loop.called("condition")[0]].values()
         limits = " ".join(one.attributes for one in condition if one.opcode == "constant")
         known = re.findall(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)', loop.attributes)
         known = known or re.findall(r"\((\d+)\)", limits)
-        if len(known) != 1:
-            raise ValueError(f"benchmarks.cost.program: cannot tell how often loop {loop.name} runs.")
-        return int(known[0])
+        return int(known[0]) if len(known) == 1 else 1
 
     def hbm_bytes(self) -> float:
         """Bytes that the program reads from and writes to HBM."""

@@ -11,6 +11,7 @@ FIGURES = {  # the title of its table, the unit of SGD's value, and how large th
     "ms": ("Time of a step", "ms", 1),
     "flops": ("Flops", "G", 1e9),
     "hbm_bytes": ("HBM traffic of a step", "MB", 1e6),
+    "between_bytes": ("HBM traffic of a step that renews nothing", "MB", 1e6),
     "bytes_accessed": ("Bytes accessed, as XLA counts them", "MB", 1e6),
     "launches": ("Kernels and calls of libraries", "", 1),
     "argument_bytes": ("Arguments: parameters, state and batch", "MB", 1e6),
@@ -19,8 +20,8 @@ FIGURES = {  # the title of its table, the unit of SGD's value, and how large th
     "collectives": ("Number of collectives", "", 1),
 }
 TARGETS = {  # the title of its part of the page, and the figures there, in the order above
-    "tpu": ("On the TPU compiler", "hbm_bytes bytes_accessed peak_bytes collective_bytes collectives"),
-    "h100": ("On the compiler for an H100", "hbm_bytes launches peak_bytes collective_bytes collectives"),
+    "tpu": ("On the TPU compiler", "hbm_bytes between_bytes bytes_accessed peak_bytes collective_bytes collectives"),
+    "h100": ("On the compiler for an H100", "hbm_bytes between_bytes launches peak_bytes collective_bytes collectives"),
     "cpu": ("On a CPU", "ms flops argument_bytes peak_bytes collective_bytes collectives"),
     "gpu": ("On a GPU", "ms flops argument_bytes peak_bytes"),
 }
@@ -75,7 +76,7 @@ def tables(target: str, rows: dict[Key, Row], overhead: dict[Key, Row]) -> Itera
             if any(ratios):
                 device, case, layout, prefetch = group
                 layout += ", prefetching" if target == "tpu" and prefetch == "yes" else ""
-                base = f"{float(rows[(*group, 'sgd')][figure]) / scale:,.5g} {unit}".rstrip()
+                base = f"{measure_of(rows, group, figure) / scale:,.5g} {unit}".rstrip()
                 lines.append((device, case, layout, base, *ratios))
         if lines:
             yield f"**{title}**\n\n{table(('device', 'model', 'layout', 'sgd', *optimizers), lines, 3)}"
@@ -85,10 +86,15 @@ def tables(target: str, rows: dict[Key, Row], overhead: dict[Key, Row]) -> Itera
         yield f"**More than without Eva, a tapped layer; times as ratios**\n\n{table(columns, lines, 2)}"
 
 
+def measure_of(rows: dict[Key, Row], group: Key, figure: str) -> float:
+    """SGD's value of a figure, which renews nothing in any step; 0 where it was not measured."""
+    return float(rows[(*group, "sgd")][{"between_bytes": "hbm_bytes"}.get(figure, figure)] or 0)
+
+
 def ratio(rows: dict[Key, Row], key: Key, figure: str) -> str:
     """A figure relative to SGD's, nothing where it was not measured. Times are compared step by step."""
-    row, base = rows.get(key, {}), rows[(*key[:-1], "sgd")]
-    if not row.get(figure) or not float(base[figure] or 0):
+    row, base = rows.get(key, {}), measure_of(rows, key[:-1], figure)
+    if not row.get(figure) or not base:
         return ""
-    value = float(row["time_ratio"]) if figure == "ms" else float(row[figure]) / float(base[figure])
+    value = float(row["time_ratio"]) if figure == "ms" else float(row[figure]) / base
     return f"{value:.4f}" if value < 10 else f"{value:.1f}"

@@ -22,13 +22,26 @@ from benchmarks.cost.targets import mesh_of
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How an optimizer is made, and what its model is tapped with."""
+    """How an optimizer is made, and what its model is tapped with.
+
+    Attributes:
+      period: in how many steps it does everything once. Those above 1 renew bases, roots or inverses in one of them.
+    """
 
     make: Callable[[], optax.GradientTransformation]
     tap: Callable[[Any], Any] = eva_optax.tap
+    period: int = 1
 
 
+PERIOD = 10
 momentum = partial(optax.sgd, 0.1, momentum=0.9)
+
+
+def kfac_before_momentum() -> optax.GradientTransformation:
+    hidden = optax.masked(momentum(), eva_optax.not_probes)  # a momentum of a matrix would be as large as the matrix
+    return optax.chain(eva_optax.scale_by_kfac(every=PERIOD), hidden)
+
+
 OPTIMIZERS = {
     "sgd": Optimizer(momentum, untapped),
     "adamw": Optimizer(lambda: optax.adamw(1e-3), untapped),
@@ -37,6 +50,10 @@ OPTIMIZERS = {
     "eva_f+sgd": Optimizer(lambda: optax.chain(eva_optax.scale_by_eva_f(), momentum())),
     "eva": Optimizer(lambda: eva_optax.eva(0.1)),
     "eva_adamw": Optimizer(lambda: eva_optax.eva_adamw(1e-3)),
+    "eva_adamw@16": Optimizer(lambda: eva_optax.eva_adamw(1e-3), partial(eva_optax.tap, rank=16), PERIOD),
+    "foof_adamw": Optimizer(lambda: eva_optax.foof_adamw(1e-3), partial(eva_optax.tap, factors="input"), PERIOD),
+    "kfac+sgd/10": Optimizer(kfac_before_momentum, partial(eva_optax.tap, factors="both"), PERIOD),
+    "shampoo/10": Optimizer(lambda: eva_optax.shampoo(1e-3, every=PERIOD), untapped, PERIOD),
 }
 
 

@@ -177,12 +177,34 @@ ENTRY %main (x: f32[8,32], w: f32[32,16], y: f32[8,16]) -> f32[8,16] {
     assert program.entry_instructions() == 2
 
 
-def test_a_loop_of_unknown_length_is_refused():
+def test_a_loop_of_unknown_length_counts_once():
     text = TPU.replace("KNOWN", "").replace(
         "%limit = s32[]{:T(128)S(6)} constant(12)", "%limit = s32[] add(%i.1, %i.1)"
     )
-    with pytest.raises(ValueError, match=r"loop while\.1"):
-        Program(text).hbm_bytes()
+    known = Program(TPU.replace("KNOWN", "")).hbm_bytes()
+    assert known - Program(text).hbm_bytes() == 11 * 6 * 4 * 1024
+
+
+def test_of_a_conditional_one_branch_counts():
+    program = """
+%renew (x.1: f32[64]) -> f32[64] {
+  %x.1 = f32[64]{0} parameter(0)
+  %half = f32[64]{0} add(%x.1, %x.1)
+  ROOT %twice = f32[64]{0} add(%half, %half)
+}
+
+%keep (x.2: f32[64]) -> f32[64] {
+  ROOT %x.2 = f32[64]{0} parameter(0)
+}
+
+ENTRY %main (due: pred[], x: f32[64]) -> f32[64] {
+  %due = pred[] parameter(0)
+  %x = f32[64]{0} parameter(1)
+  ROOT %out = f32[64]{0} conditional(%due, %x, %x), true_computation=%renew, false_computation=%keep
+}
+"""
+    assert Program(program).hbm_bytes() == 2 * 3 * 4 * 64
+    assert Program(program, rare=False).hbm_bytes() == 0
 
 
 def test_text_without_an_entry_is_refused():
