@@ -20,6 +20,7 @@ CANDIDATES = {
     "Eva": ("eva", "eva+sgd"),
     "eva_adamw, rank 16": ("eva_adamw@16",),
 }
+COLUMNS = 3  # of the figure
 
 
 class Effort(NamedTuple):
@@ -49,9 +50,10 @@ def efforts(records: Records) -> Efforts:
 
 
 def _effort(records: Records, task: str, name: str) -> Effort:
-    """Median of the seeds, to the final training loss of SGD on the same seed."""
-    runs, targets = records.tests(task, name), records.tests(task, "sgd")
-    steps = statistics.median(runs[seed].steps_to(targets[seed].final) for seed in targets)
+    """Median of the seeds, to the final training loss of SGD on the same seed, but for those on which SGD diverged."""
+    runs = records.tests(task, name)
+    targets = {seed: run.final for seed, run in records.tests(task, "sgd").items() if math.isfinite(run.final)}
+    steps = statistics.median(runs[seed].steps_to(loss) for seed, loss in targets.items())
     return Effort(steps * records.times[task, name][0], steps, name)
 
 
@@ -73,8 +75,12 @@ def text(found: Efforts) -> str:
 
 def draw(found: Efforts) -> Figure:
     """Seconds as bars from 0, a panel for each task; a candidate that does not come to the loss has none."""
-    figure = Figure(figsize=(7.5, 2.6), layout="constrained")
-    for axes, (task, by_label) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+    rows = math.ceil(len(found) / COLUMNS)
+    figure = Figure(figsize=(3.2 * COLUMNS, 2.3 * rows), layout="constrained")
+    panels = figure.subplots(rows, COLUMNS, squeeze=False)
+    for axes in panels.flat[len(found) :]:
+        axes.set_axis_off()
+    for axes, (task, by_label) in zip(panels.flat, found.items(), strict=False):
         labels = list(by_label)[::-1]
         seconds = [by_label[label].seconds for label in labels]
         known = [value if math.isfinite(value) else 0 for value in seconds]
@@ -83,6 +89,6 @@ def draw(found: Efforts) -> Figure:
         said = [f" {value:.2g}" if math.isfinite(value) else " not reached" for value in seconds]
         axes.bar_label(bars, said, fontsize=7)
         axes.set(title=task, xlabel="seconds to SGD's loss", xlim=(0, 1.25 * max(known)))
-        if task != next(iter(found)):
+        if axes not in panels[:, 0]:
             axes.set_yticklabels([])
     return figure

@@ -37,9 +37,13 @@ PERIOD = 10
 momentum = partial(optax.sgd, 0.1, momentum=0.9)
 
 
-def kfac_before_momentum() -> optax.GradientTransformation:
+def before_momentum(scale_by: Callable[..., optax.GradientTransformation]) -> optax.GradientTransformation:
     hidden = optax.masked(momentum(), eva_optax.not_probes)  # a momentum of a matrix would be as large as the matrix
-    return optax.chain(eva_optax.scale_by_kfac(every=PERIOD), hidden)
+    return optax.chain(scale_by(every=PERIOD), hidden)
+
+
+def tapped(**collected: Any) -> Callable[[Any], Any]:
+    return partial(eva_optax.tap, **collected)
 
 
 OPTIMIZERS = {
@@ -50,9 +54,10 @@ OPTIMIZERS = {
     "eva_f+sgd": Optimizer(lambda: optax.chain(eva_optax.scale_by_eva_f(), momentum())),
     "eva": Optimizer(lambda: eva_optax.eva(0.1)),
     "eva_adamw": Optimizer(lambda: eva_optax.eva_adamw(1e-3)),
-    "eva_adamw@16": Optimizer(lambda: eva_optax.eva_adamw(1e-3), partial(eva_optax.tap, rank=16), PERIOD),
-    "foof_adamw": Optimizer(lambda: eva_optax.foof_adamw(1e-3), partial(eva_optax.tap, factors="input"), PERIOD),
-    "kfac+sgd/10": Optimizer(kfac_before_momentum, partial(eva_optax.tap, factors="both"), PERIOD),
+    "eva_adamw@16": Optimizer(lambda: eva_optax.eva_adamw(1e-3), tapped(rank=16), PERIOD),
+    "foof+sgd/10": Optimizer(lambda: before_momentum(eva_optax.scale_by_foof), tapped(factors="input"), PERIOD),
+    "kfac+sgd/10": Optimizer(lambda: before_momentum(eva_optax.scale_by_kfac), tapped(factors="both"), PERIOD),
+    "foof_adamw": Optimizer(lambda: eva_optax.foof_adamw(1e-3), tapped(factors="input"), PERIOD),
     "shampoo/10": Optimizer(lambda: eva_optax.shampoo(1e-3, every=PERIOD), untapped, PERIOD),
 }
 
