@@ -62,6 +62,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path, one_process, as_a_user):
     assert_equal(restored(tmp_path, STEPS), one_process, 1e-6)
 
 
+@pytest.mark.train
 @pytest.mark.slow
 def test_two_processes_killed_in_mid_run_end_where_an_undisturbed_run_ends(tmp_path, two_processes):
     killed, bereft = start_two(tmp_path, die_at=10)

@@ -10,6 +10,7 @@ optimizer by those of another. What was run before, in part or to its end, is no
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             connect(config.machine)
         folder = options.output or Path("results/compare") / config.task
         objective = tasks.find(config.task).objective
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))  # all rates take the same programs
         records = {}
         for name in names:
             rates = grid(optimizers.find(name).learning_rate, options.rates)
@@ -151,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if jax.process_index() == 0:
         first = records[names[0]]
         target = options.target if options.target is not None else first.result["best"] if first else float("nan")
-        console = Console()
+        console = Console(width=None if sys.stdout.isatty() else 110)
         console.print(table(records, target, objective), "")
         console.print(
             f"{config.task} on {config.input.data}; target: {objective.metric} {target:.4g}. The rate is the best of "

@@ -36,7 +36,7 @@ class Clock:
       seconds: of the whole run, earlier calls included.
       steps: that this call has timed.
       timed: their seconds.
-      waited: the part of these in which the loop had no batch yet.
+      waited: the part of these in which devices may have had nothing to do, as there was no batch yet.
     """
 
     seconds: float = 0.0
@@ -149,7 +149,8 @@ class Run:
             self.profile(done - begun)
             start = time.perf_counter()
             batch = self.put(next(batches))
-            waited = time.perf_counter() - start
+            busy = in_flight and not in_flight[-1]["loss"].is_ready()  # then nothing has waited for the batch
+            waited = 0.0 if busy else time.perf_counter() - start
             state, means = self.program.step(state, batch)
             in_flight.append(means)
             window.append(means)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import optax
+from jax.typing import ArrayLike
 
 import eva_optax
 from examples.train.config import Training, keywords, unknown
@@ -101,7 +102,7 @@ def peak_rate(training: Training) -> float:
     return training.learning_rate or find(training.optimizer).learning_rate
 
 
-def build(training: Training, steps: int) -> Transformation:
+def build(training: Training, steps: int, peak: ArrayLike) -> Transformation:
     """The optimizer with its schedule, behind a clipping of the gradient if there is one."""
     optimizer = find(training.optimizer)
     known = inspect.signature(optimizer.make).parameters
@@ -113,15 +114,15 @@ def build(training: Training, steps: int) -> Transformation:
             raise unknown(f"option of {training.optimizer}", name, list(known)[1:])
         options[name] = value
     try:
-        tx = optimizer.make(schedule(training, steps), **options)
+        tx = optimizer.make(schedule(training, steps, peak), **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"{training.optimizer}: {error}") from None
     return optax.chain(optax.clip_by_global_norm(training.clip), tx) if training.clip else tx
 
 
-def schedule(training: Training, steps: int) -> optax.Schedule:
-    """A warm-up, and then the shape that is asked for."""
-    peak, warm = peak_rate(training), round(training.warmup * steps)
+def schedule(training: Training, steps: int, peak: ArrayLike) -> optax.Schedule:
+    """A warm-up to the peak, and then the shape that is asked for."""
+    warm = round(training.warmup * steps)
     rest = max(steps - warm, 1)
     milestones = [float(part) for part in training.milestones.split(",")]
     shapes: dict[str, Callable[[], optax.Schedule]] = {

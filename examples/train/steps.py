@@ -1,11 +1,13 @@
 """The compiled functions: the initial state on a mesh of devices, a step, an evaluation."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
@@ -26,12 +28,14 @@ class State(NamedTuple):
     """All that training changes.
 
     Attributes:
+      rate: the highest learning rate: as a value, so that runs which differ in it share what is compiled.
       params: with the probes of a tapped model.
       statistics: the running statistics of BatchNorm, as a collection of variables.
       average: exponential averages of parameters without probes and of statistics; () without --ema.
     """
 
     step: Array
+    rate: Array
     params: Any
     statistics: Any
     opt_state: Any
@@ -81,7 +85,7 @@ def make_program(task: Task, config: Config, example: Any, steps: int, mesh: Mes
     """The functions of a task; `example` is a batch of any size, of arrays or shapes."""
     training, objective = config.training, task.objective
     plain: nn.Module = task.build(config)
-    model, tx = optimizers.tapped(plain, training), optimizers.build(training, steps)
+    model = optimizers.tapped(plain, training)
     first = {name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in example.items()}
 
     def prepare(batch: Batch) -> tuple[Array, Array]:
@@ -89,11 +93,12 @@ def make_program(task: Task, config: Config, example: Any, steps: int, mesh: Mes
 
     called_with = jax.eval_shape(prepare, first)[0]
 
-    def create(key: Array) -> State:
+    def create(key: Array, rate: Array) -> State:
         variables = model.init(key, jnp.zeros(called_with.shape, called_with.dtype), False)
         params = variables.pop("params")
+        opt_state = optimizers.build(training, steps, rate).init(params)
         average = (eva_optax.strip(params), variables) if training.ema else ()
-        return State(jnp.zeros((), jnp.int32), params, variables, tx.init(params), average)
+        return State(jnp.zeros((), jnp.int32), rate, params, variables, opt_state, average)
 
     def gradient(params: Any, statistics: Any, batch: Batch) -> tuple[Any, Any, dict[str, Array]]:
         inputs, targets = prepare(batch)
@@ -127,13 +132,14 @@ def make_program(task: Task, config: Config, example: Any, steps: int, mesh: Mes
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         compute = gradient if training.accumulate == 1 else accumulated
         grads, statistics, values = compute(state.params, state.statistics, batch)
+        tx = optimizers.build(training, steps, state.rate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         count, average = state.step + 1, state.average
         if training.ema:
             decay = jnp.minimum(training.ema, (1 + count) / (10 + count))  # the first values are soon forgotten
             average = optax.incremental_update((eva_optax.strip(params), statistics), average, 1 - decay)
-        return State(count, params, statistics, opt_state, average), values
+        return State(count, state.rate, params, statistics, opt_state, average), values
 
     def evaluate(state: State, batch: Batch) -> tuple[dict[str, Array], Array]:
         params, statistics = state.average if training.ema else (eva_optax.strip(state.params), state.statistics)
@@ -143,12 +149,13 @@ def make_program(task: Task, config: Config, example: Any, steps: int, mesh: Mes
         values = objective.values(outputs, targets, 0.0)
         return {name: (each * weights).sum() for name, each in values.items()}, weights.sum()
 
-    shapes = jax.eval_shape(create, jax.random.key(0))
+    rate = np.float32(optimizers.peak_rate(training))
+    shapes = jax.eval_shape(create, jax.random.key(0), rate)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x, mesh)), shapes)
     places, copied = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, P())
     return Program(
         state,
-        jax.jit(create, out_shardings=places),
+        partial(jax.jit(create, out_shardings=places), rate=rate),
         jax.jit(step, donate_argnums=0, out_shardings=(places, copied)),
         jax.jit(evaluate, out_shardings=copied),
         NamedSharding(mesh, P(AXES)),

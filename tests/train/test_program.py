@@ -105,13 +105,13 @@ def test_settings_come_from_the_task_the_data_and_the_command_line(capsys):
 
 
 def test_schedules_follow_the_published_milestones():
-    step = optimizers.schedule(Training(schedule="step", warmup=0.05, learning_rate=0.1), 1000)
+    step = optimizers.schedule(Training(schedule="step", warmup=0.05), 1000, 0.1)
     values = {at: float(step(at)) for at in (0, 49, 50, 349, 350, 749, 750, 899, 900, 999)}
     assert values[0] < 0.003
     for at, rate in {50: 0.1, 349: 0.1, 350: 0.01, 749: 0.01, 750: 1e-3, 899: 1e-3, 900: 1e-4, 999: 1e-4}.items():
         np.testing.assert_allclose(values[at], rate, rtol=1e-4)
     np.testing.assert_allclose(values[49], 0.1, rtol=0.03)
-    cosine = optimizers.schedule(Training(schedule="cosine", warmup=0, learning_rate=0.1), 100)
+    cosine = optimizers.schedule(Training(schedule="cosine", warmup=0), 100, 0.1)
     np.testing.assert_allclose([float(cosine(at)) for at in (0, 50, 100)], [0.1, 0.05, 0], atol=1e-7)
 
 
@@ -134,6 +134,19 @@ def program(*arguments: str):
     return make_program(TASKS[config.task], config, batch, 20, make_mesh(config)), batch
 
 
+def test_rates_share_the_program_of_a_step():
+    text, kernels = [], []
+    for rate in ("0.1", "0.2"):
+        made, batch = program("--optimizer", "sgd", "--learning-rate", rate, "--warmup", "0", "--weight-decay", "0")
+        state = made.create(jax.random.key(0))
+        before = np.array(state.params["Dense_0"]["kernel"])
+        text.append(made.step.lower(state, batch).as_text())
+        state, _ = made.step(state, batch)
+        kernels.append(state.params["Dense_0"]["kernel"] - before)
+    assert text[0] == text[1]
+    np.testing.assert_allclose(kernels[1], 2 * kernels[0], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("optimizer", ["eva_sgd", "eva_adamw"])
 def test_accumulation_equals_the_large_batch(optimizer):
     states = []
@@ -145,7 +158,7 @@ def test_accumulation_equals_the_large_batch(optimizer):
         states.append(jax.device_get((state, values)))
     for whole, accumulated in zip(*map(jax.tree.leaves, states), strict=True):
         largest = max(0.1, float(np.abs(whole).max()))
-        np.testing.assert_allclose(accumulated, whole, rtol=0, atol=1e-5 * largest)
+        np.testing.assert_allclose(accumulated, whole, rtol=0, atol=5e-5 * largest)  # as Adam divides by small numbers
 
 
 def test_the_average_of_parameters_is_what_is_evaluated():
@@ -263,7 +276,8 @@ def test_a_small_network_learns_the_digits(tmp_path):
     assert result["final"] >= 0.9
 
 
-def test_a_comparison_prints_its_table_and_runs_nothing_twice(tmp_path, capsys):
+def test_a_comparison_prints_its_table_and_runs_nothing_twice(tmp_path, capsys, request):
+    request.addfinalizer(lambda: jax.config.update("jax_compilation_cache_dir", None))
     small = [*AUTOENCODER, "--steps", "20", "--evaluate-every", "5", "--log-every", "20", "--rates", "2"]
     command = ["--optimizers", "adamw,eva_adamw", *small, "--output", str(tmp_path)]
     compare.main(command)

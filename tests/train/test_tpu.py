@@ -1,4 +1,7 @@
-"""Full-size ImageNet steps with `eva_adamw`, compiled for four chips of a TPU v5e, fit their memory."""
+"""Full-size ImageNet steps with `eva_adamw`, compiled for four chips of a TPU v5e, fit their memory.
+
+ResNet-50 takes ten minutes of processor time, nearly all of it for the machine code of one operation after another.
+"""
 
 import importlib.util
 import os
@@ -41,7 +44,7 @@ def test_a_step_fits_the_memory_of_four_chips(task, batch, fsdp):
     environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
     command = [sys.executable, "-c", COMPILE, task, str(batch), str(fsdp)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=1800)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=3600)
     assert done.returncode == 0, done.stderr[-2000:]
     used = int(done.stdout.split()[-1])
     assert 2**28 < used < HBM, f"{used / 2**30:.2f} GiB"

@@ -4,8 +4,9 @@ The batch of a step depends on seed and step alone. Each process loads its own r
 the same whatever the number of processes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache, partial
 
 import grain
 import jax
@@ -21,7 +22,7 @@ class Loader:
     """From the number of a batch to this process's part of it."""
 
     source: Source
-    order: Any  # Grain's stream of shuffled rows; None for all rows in turn, once
+    order: Callable[[int], np.ndarray] | None  # from an epoch to its rows; None for all rows in turn, once
     batch: int
     seed: int
     augment: bool
@@ -35,14 +36,21 @@ class Loader:
         if self.order is None:
             rows = np.minimum(places, len(self.source) - 1)
             return self.source.load(rows, None) | {"weights": (places < len(self.source)).astype(np.float32)}
-        rows = np.array([self.order[int(place)] for place in places])
-        draws = np.random.default_rng((self.seed, number)).random((self.batch, DRAWS))[mine] if self.augment else None
-        return self.source.load(rows, draws)
+        epochs, within = np.divmod(places, len(self.source))
+        rows = np.concatenate([self.order(epoch)[within[epochs == epoch]] for epoch in np.unique(epochs)])
+        draws = np.random.default_rng((1, self.seed, number)).random((self.batch, DRAWS)) if self.augment else None
+        return self.source.load(rows, None if draws is None else draws[mine])
+
+
+@lru_cache(maxsize=2)  # batches that are prepared ahead are of two epochs at most, if these are not tiny
+def shuffled(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """All rows at once: Grain's own shuffle takes longer for each row than a row in memory takes to read."""
+    return np.random.default_rng((0, seed, epoch)).permutation(examples)
 
 
 def training(source: Source, config: Config, steps: int) -> grain.DatasetIterator:
     """The batches of all steps."""
-    order = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
+    order = partial(shuffled, len(source), config.seed)
     return iterate(Loader(source, order, *options(config)), steps, config)
 
 
