@@ -35,7 +35,6 @@ from eva_optax._transforms.state import (
     ScaleByEvaState,
     ScaleByKfacState,
     ShampooState,
-    SketchState,
 )
 
 __version__ = "0.2.0"
@@ -50,7 +49,6 @@ __all__ = [
     "ScaleByKfacState",
     "ShampooState",
     "Sketch",
-    "SketchState",
     "attach",
     "center",
     "check",

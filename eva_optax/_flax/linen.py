@@ -35,7 +35,7 @@ from eva_optax._flax.plans import (
 from eva_optax._flax.registry import registered_call
 from eva_optax._flax.verify import compare, is_verifying
 from eva_optax._probes.collection import probe_shapes
-from eva_optax._probes.linear_map import KernelShapes, LinearMap
+from eva_optax._probes.linear_map import KernelShapes
 from eva_optax._probes.probe import KRONECKER, Path, Probe, make_probe, probe_axis_names, probe_name
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.einsum import Contraction
@@ -59,7 +59,7 @@ _PLANS: dict[Callable[..., Any], Callable[..., Plan]] = {
     inspect.unwrap(nn.ConvTranspose.__call__): transposed_plan,
     inspect.unwrap(nn.Embed.__call__): embedding_plan,
 }
-_GATE = inspect.unwrap(DenseParams.__call__)
+_CELL, _GATE = map(inspect.unwrap, (nn.OptimizedLSTMCell.__call__, DenseParams.__call__))
 
 
 # Where tapped models meet inside of `tapping`, only the innermost interceptor taps: a layer must not be tapped twice.
@@ -99,7 +99,7 @@ class Interceptor:
     findings: Findings
     reasons: dict[Path, str] = field(default_factory=dict)
     _passed_on: dict[Path, bool] = field(default_factory=dict)
-    _gates: dict[Path, tuple[LinearMap, Probe, Array]] = field(default_factory=dict)
+    _gates: dict[Path, list[Callable[[Array], Array]]] = field(default_factory=dict)
 
     def __call__(
         self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
@@ -124,9 +124,11 @@ class Interceptor:
             options = (self.embeddings, self.statistics, self.verifying)
             module.scope.flags = freeze({**module.scope.flags, KRONECKER: options})
         function: Any = getattr(context.orig_method, "func", None)
-        if function is _GATE:
-            return self._gate(module, next_fun(*args, **kwargs), *args, **kwargs)
+        if function is _CELL:
+            return self._cell(module, next_fun, args, kwargs)
         y = next_fun(*args, **kwargs)
+        if function is _GATE:
+            self._gate(module, y, *args, **kwargs)
         if context.method_name == "param":  # of a subclass that overrides it
             name = args[0] if args else kwargs["name"]
             self._passed_on[*module.path, name] = y is nn.meta.unbox(module.get_variable("params", name))
@@ -174,26 +176,38 @@ class Interceptor:
             return Skip(EMBEDDING_OFF)
         return build(module, tuple(value.shape), jnp.shape(x), *args, **kwargs)
 
-    def _gate(self, module: nn.Module, params: tuple[Array, Array | None], inputs: Array) -> tuple[Array, Array | None]:
-        """Taps the parameters of one gate of an `OptimizedLSTMCell`, which hides its gates' outputs.
+    def _cell(self, cell: Any, next_fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Taps the gates of an `OptimizedLSTMCell`, which hides their outputs: on the way into their activations."""
+        gates = self._gates[cell.path] = []
 
-        A gate's output is inputs·W_i + h·W_h + bias: the cotangent of the bias is that output's cotangent already
-        summed. So the bias stands in for the output, of the recurrent kernel that owns it and of the input kernel
-        before it.
-        """
-        kernel, bias = params
+        def tapped(activation: Callable[[Array], Array]) -> Callable[[Array], Array]:
+            def activate(y: Array) -> Array:
+                # Each gate has a kernel for the input, and one for the state; none is left for that of the new state.
+                kernels, gates[:2] = gates[:2], []
+                return activation(functools.reduce(lambda y, tap_kernel: tap_kernel(y), kernels, y))
+
+            return activate
+
+        activations = {name: getattr(cell, name) for name in ("gate_fn", "activation_fn")}
+        try:
+            for name, activation in activations.items():
+                object.__setattr__(cell, name, tapped(activation))
+            return next_fun(*args, **kwargs)
+        finally:
+            for name, activation in activations.items():
+                object.__setattr__(cell, name, activation)
+            del self._gates[cell.path]
+
+    def _gate(self, module: nn.Module, params: tuple[Array, Array | None], inputs: Array) -> None:
+        """Notes how the output of a gate is to be tapped for one of its kernels."""
+        gates = self._gates.get(module.path[:-1])
+        if gates is None:
+            return
         letters = "".join(chr(ord("a") + axis) for axis in range(inputs.ndim - 1))
-        rule = Contraction(kernel.shape, letters + "x", "xy", "y", positions=letters)
+        kernel, bias = params
+        rule = Contraction(kernel.shape, letters + "x", "xy", letters + "y", positions=letters)
         probe = layer_probe(module, rule, "kernel", None if bias is None else "bias")
-        cell = module.path[:-1]
-        if probe is not None and bias is None:
-            self._gates[cell] = (rule, probe, inputs)
-        elif probe is not None and bias is not None:
-            bias = tap(rule, True, probe, inputs, bias)
-            if cell in self._gates:
-                input_rule, input_probe, x = self._gates.pop(cell)
-                bias = tap(input_rule, False, input_probe, x, bias)
-        return kernel, bias
+        gates.append(lambda y: y if probe is None else tap(rule, bias is not None, probe, inputs, y))
 
 
 def layer_probe(

@@ -28,9 +28,10 @@ from eva_optax._flax.raw_parameters import RECORDER, RecordedCall
 from eva_optax._flax.registry import Registration, registered_class
 from eva_optax._flax.verify import compare, is_verifying
 from eva_optax._probes.collection import probe_shapes
-from eva_optax._probes.linear_map import KernelShapes
+from eva_optax._probes.linear_map import KernelShapes, statistic_of
 from eva_optax._probes.probe import COUNTER, KRONECKER, Probe, accumulator, probe_axis_names, probe_name
-from eva_optax._probes.statistics import STATISTICS, VECTORS
+from eva_optax._probes.statistics import FACTORS, SKETCH, STATISTICS, VECTORS
+from eva_optax._probes.switch import forms_factors
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.einsum import Contraction
 from eva_optax._statistics.equation import example_input
@@ -108,24 +109,33 @@ class LoRAKind(Kind):
         return ("lora_b",)
 
     def plans(self, layer: Any, path: str = "") -> list[Plan]:
-        return [
-            Tap(Contraction(getattr(layer, name).shape[-2:], "i", "io", "o", ""), kernel=name, bias=None)
-            for name in ("lora_a", "lora_b")
-        ]
+        return [self._plan(layer, name, "") for name in ("lora_a", "lora_b")]
+
+    def _plan(self, layer: Any, name: str, positions: str) -> Tap:
+        equation = positions + "i", "io", positions + "o"
+        return Tap(Contraction(getattr(layer, name).shape[-2:], *equation, positions), kernel=name, bias=None)
 
     def tapped(self, layer: Any, y: Array, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Array:
-        # All is linear: means of the input pass through the first matrix, and zeros added to the output collect the
-        # sum of its cotangent, which passes back through the second.
-        first, second = self.plans(layer)
-        assert isinstance(first, Tap)
-        assert isinstance(second, Tap)
+        # All is linear: the input passes through the first matrix, and zeros added to the output collect its cotangent,
+        # which passes back through the second. For vectors the mean and the sum are enough.
         x = jnp.asarray(split_input(function, args, kwargs)[0])
-        mean = jnp.mean(x, tuple(range(x.ndim - 1)), dtype=accumulator(x.dtype))
-        a, b = (jnp.asarray(value[...]).astype(mean.dtype) for value in (layer.lora_a, layer.lora_b))
-        inner = tap_parameters(layer, first, mean, jnp.zeros(a.shape[-1], mean.dtype))
+        x, positions = x.astype(accumulator(x.dtype)), tuple(range(x.ndim - 1))
+        if not _forms_moments(layer):
+            x, positions = jnp.mean(x, positions), ()
+        letters = "".join(chr(ord("A") + axis) for axis in positions)
+        first, second = (self._plan(layer, name, letters) for name in ("lora_a", "lora_b"))
+        a, b = (jnp.asarray(value[...]).astype(x.dtype) for value in (layer.lora_a, layer.lora_b))
+        inner = tap_parameters(layer, first, x, jnp.zeros((*x.shape[:-1], a.shape[-1]), x.dtype))
         product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        outer = tap_parameters(layer, second, product(mean, a), product(inner, b))
+        outer = tap_parameters(layer, second, product(x, a), product(inner, b))
         return y + jnp.broadcast_to(outer, y.shape).astype(y.dtype)
+
+
+def _forms_moments(layer: Any) -> bool:
+    """Whether the layer's probes collect second moments, and this step does."""
+    probes = vars(layer).get(KRONECKER) or {}
+    held = {statistic_of(name) for probe in probes.values() for name in probe}
+    return forms_factors() is not False and not held.isdisjoint((*FACTORS, *SKETCH))
 
 
 def tap_parameters(layer: Any, plan: Tap, x: Array, y: Array) -> Array:

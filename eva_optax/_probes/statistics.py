@@ -17,12 +17,13 @@ class Statistic(NamedTuple):
 
     Attributes:
       of_input: whether it is made from the layer's input, else from the cotangent of its output.
-      compute: makes it from a linear map, that array, the shape of the leaf, and what its name says.
+      compute: makes it from a linear map, that array, the shape of the leaf, what its name says, and for cotangents
+        from the input too where the tap keeps it.
       shape: its shape beside a kernel, from the rank of sketches.
     """
 
     of_input: bool
-    compute: Callable[[LinearMap, Array, Shape, Moments], Array]
+    compute: Callable[..., Array]
     shape: Callable[[KernelShapes, int], Shape]
 
 
@@ -75,7 +76,7 @@ STATISTICS = {
     "y": Statistic(True, _sketch_of, _sketch_shape),
     "s": Statistic(True, _mean_square_of, _trace_shape),
     "A": Statistic(True, lambda layer, x, _, moments: layer.input_moment(x, moments), _input_moment_shape),
-    "B": Statistic(False, lambda layer, dy, _, moments: layer.output_moment(dy, moments), _output_moment_shape),
+    "B": Statistic(False, lambda layer, dy, _, *others: layer.output_moment(dy, *others), _output_moment_shape),
     "D": Statistic(True, lambda layer, x, *_: layer.mean_input(x), lambda shapes, _: shapes.probe_shapes[0]),
 }
 VECTORS = ("a", "b")

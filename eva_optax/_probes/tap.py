@@ -34,7 +34,7 @@ from eva_optax._probes.statistics import FACTORS, SKETCH, STATISTICS
 from eva_optax._probes.switch import forms_factors
 
 
-def tap(linear_map: LinearMap, has_bias: bool, probe: Probe, x: Array, y: Array) -> Array:
+def tap(linear_map: LinearMap, has_bias: bool, probe: Probe, x: Array, y: Array, *, keeps_input: bool = False) -> Array:
     """Returns `y`; differentiated, gives `probe` the statistics of the layer `y = x·W + bias` as cotangent.
 
     Args:
@@ -43,6 +43,7 @@ def tap(linear_map: LinearMap, has_bias: bool, probe: Probe, x: Array, y: Array)
       probe: the layer's probe; the statistics are those that it has leaves for.
       x: the layer's input.
       y: the layer's output.
+      keeps_input: whether what is made of cotangents is made of `x` too.
 
     Returns:
       `y`, unchanged.
@@ -60,9 +61,8 @@ def tap(linear_map: LinearMap, has_bias: bool, probe: Probe, x: Array, y: Array)
     varying = varying_axes(jax.typeof(x)) | varying_axes(jax.typeof(y))
     leaves = [vary(jnp.asarray(probe[name]), varying) for name in names]
     flags = [] if isinstance(flag, bool) else [vary(jnp.asarray(flag, bool), varying)]
-    return _tap.bind(
-        y, x, *flags, *leaves, linear_map=linear_map, has_bias=has_bias, names=names, switched=bool(flags), levels=()
-    )
+    static = {"linear_map": linear_map, "names": names, "switched": bool(flags), "keeps_input": keeps_input}
+    return _tap.bind(y, x, *flags, *leaves, has_bias=has_bias, levels=(), **static)
 
 
 def _place(name: str) -> int:
@@ -73,16 +73,22 @@ def _is_moment(name: str) -> bool:
     return statistic_of(name) in (*FACTORS, *SKETCH)
 
 
-def _statistic(linear_map: LinearMap, name: str, array: Array, shape: tuple[int, ...], flag: Any = None) -> Array:
-    """One statistic of an array; zeros for a second moment that the flag does not want."""
+def _is_of_input(name: str) -> bool:
+    return name != COUNTER and STATISTICS[statistic_of(name)].of_input
 
-    def compute(array: Array) -> Array:
-        return STATISTICS[statistic_of(name)].compute(linear_map, array, shape, Moments.of(name))
+
+def _statistic(
+    linear_map: LinearMap, name: str, arrays: Sequence[Array], shape: tuple[int, ...], flag: Any = None
+) -> Array:
+    """One statistic of one array, or two; zeros for a second moment that the flag does not want."""
+
+    def compute(array: Array, *other: Array) -> Array:
+        return STATISTICS[statistic_of(name)].compute(linear_map, array, shape, Moments.of(name), *other)
 
     if flag is None or not _is_moment(name):
-        return compute(array)
-    wanted, varying = jax.eval_shape(compute, array), varying_axes(jax.typeof(array))
-    return jax.lax.cond(flag, compute, lambda array: vary(jnp.zeros(wanted.shape, wanted.dtype), varying), array)
+        return compute(*arrays)
+    wanted, varying = jax.eval_shape(compute, *arrays), varying_axes(jax.typeof(arrays[0]))
+    return jax.lax.cond(flag, compute, lambda *arrays: vary(jnp.zeros(wanted.shape, wanted.dtype), varying), *arrays)
 
 
 def _expand(primitive: Primitive, primals: Sequence[Any], series: Sequence[Any], **params: Any) -> tuple[Any, Any]:
@@ -116,15 +122,15 @@ def _differentiate_tap(primals: Sequence[Any], tangents: Sequence[Any], **params
     def statistics_of_input(x: Array) -> list[Array]:
         statistics, bounds = [], []
         for name, leaf in zip(names, probe, strict=True):
-            if name == COUNTER or not STATISTICS[statistic_of(name)].of_input:
+            if not _is_of_input(name):
                 continue
             shape = leaf.shape[len(levels) :]
-            value, unit = _statistic(linear_map, name, x, shape, *flags), unit_of(leaf.dtype)
+            value, unit = _statistic(linear_map, name, [x], shape, *flags), unit_of(leaf.dtype)
             statistics.append(value * unit)
             # With a bias the homogeneous input (a, 1) is never noise.
             if name == "a" and not has_bias and jnp.issubdtype(x.dtype, jnp.floating):
                 bounds.append(noise_bound(x, value, unit * share, mean=True))
-        return [*statistics, *bounds]
+        return [*statistics, *bounds, *([x] if params["keeps_input"] else [])]
 
     sizes = y.shape[: len(levels)]
     of_input = _mapped(statistics_of_input, levels, sizes[::-1])(x)
@@ -133,10 +139,8 @@ def _differentiate_tap(primals: Sequence[Any], tangents: Sequence[Any], **params
         *of_input,
         *flags,
         *map(ad.instantiate_zeros, dprobe),
-        linear_map=linear_map,
-        names=names,
-        switched=bool(flags),
         level_count=len(levels),
+        **{name: value for name, value in params.items() if name not in ("has_bias", "levels")},
     )
     return out, tangent
 
@@ -157,6 +161,7 @@ def _transpose_collect(
     linear_map: LinearMap,
     names: tuple[str, ...],
     switched: bool,
+    keeps_input: bool,
     level_count: int,
 ) -> tuple[Any, ...]:
     before, probe = others[: -len(names)], others[-len(names) :]
@@ -168,15 +173,17 @@ def _transpose_collect(
     counter = leaves[COUNTER].shape[level_count:]
 
     def all_statistics(dy: Array, of_input: tuple[Array, ...]) -> list[Array]:
-        known = [name for name in names if name != COUNTER and STATISTICS[statistic_of(name)].of_input]
-        unit, bounds = unit_of(leaves[COUNTER].dtype), of_input[len(known) :]
+        known = list(filter(_is_of_input, names))
+        unit, bounds, x = unit_of(leaves[COUNTER].dtype), of_input[len(known) :], ()
+        if keeps_input:
+            bounds, x = bounds[:-1], bounds[-1:]
         found = dict(zip(known, of_input[: len(known)], strict=True))
         numbers: list[Any] = [np.array([unit, CHECK_UNITS[unit]] if bounds else [unit, CHECK_UNITS[unit], 0]), *bounds]
         bound: Any = np.zeros(1)
         for name in names:
             if name in found or name == COUNTER:
                 continue
-            value = _statistic(linear_map, name, dy, leaves[name].shape[level_count:], *flags)
+            value = _statistic(linear_map, name, [dy, *x], leaves[name].shape[level_count:], *flags)
             found[name] = value * unit
             if name == "b":
                 bound = noise_bound(dy, value, unit * share_of_noise(counter), mean=False)

@@ -9,8 +9,8 @@ from jax import Array
 
 from eva_optax._probes.directions import directions
 from eva_optax._probes.linear_map import Moments, statistic_of
-from eva_optax._probes.probe import Probe, Shape, accumulator
-from eva_optax._probes.statistics import INPUTS, MOMENT, TRACE
+from eva_optax._probes.probe import COUNTER, Probe, Shape, accumulator
+from eva_optax._probes.statistics import INPUTS, MOMENT, OUTPUTS, TRACE
 from eva_optax._probes.tap import tap
 from eva_optax._statistics.einsum import Contraction
 from eva_optax._statistics.equation import parse_equation, split_terms
@@ -38,12 +38,15 @@ class RaggedDot:
 
     @property
     def last_output_axis(self) -> int | None:
-        """Sketches are made where an expert is one matrix that maps a row."""
+        """Second moments are made where an expert is one matrix that maps a row."""
         rule = self.expert
         is_matrix = isinstance(rule, Contraction) and (rule.x, rule.y) == (*rule.kernel,) and not rule.positions
         return -1 if is_matrix else None
 
-    last_input_axis = None  # each expert's cotangents are known by their sum alone
+    @property
+    def last_input_axis(self) -> int | None:
+        return None if self.last_output_axis is None else -2
+
     is_lookup = False
 
 
@@ -63,6 +66,14 @@ class _Expert(Contraction):
     def input_moment(self, x: Array, moments: Moments) -> Array:
         size = self.kernel_shape[0]
         return x[size:].reshape(size, size)
+
+
+class _Rows(Contraction):
+    """The rows of all experts, whose input is how many each has."""
+
+    def output_moment(self, dy: Array, moments: Moments, group_sizes: Array | None = None) -> Array:
+        assert group_sizes is not None
+        return _moments(dy.astype(accumulator(dy.dtype)), group_sizes) * len(dy)
 
 
 def parse_ragged_dot(
@@ -113,23 +124,32 @@ def tap_ragged(linear_map: RaggedDot, has_bias: bool, probe: Probe, x: Array, y:
     if TRACE in held or INPUTS in held:
         rule = _Expert(rule.kernel_shape, "i", "io", "o", positions="")
         x = jax.lax.stop_gradient(x).astype(dtype)
-        more = [_moments(x, group_sizes, jnp.eye(x.shape[1], dtype=dtype))] if INPUTS in held else []
+        more = [_moments(x, group_sizes)] if INPUTS in held else []
         if TRACE in held:
             more.append(jax.ops.segment_sum(jnp.sum(x * x, 1), expert, experts, indices_are_sorted=True)[:, None])
         if MOMENT in held:
             more.append(_moments(x, group_sizes, directions(x.shape[1:], held[MOMENT].shape[-1], dtype)))
-        means = jnp.concatenate([means, *(moment / rows[:, None] for moment in more)], 1)
+        more = [moment.reshape(experts, -1) / rows[:, None] for moment in more]
+        means = jnp.concatenate([means, *more], 1)
     # An expert without rows counts as not used. The probe's values do not matter, its cotangent is what is scaled.
     used = group_sizes > 0
     probe = {name: leaf * used.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)) for name, leaf in probe.items()}
+    outputs = {name: probe.pop(name) for name in list(probe) if statistic_of(name) == OUTPUTS}
+    if outputs:
+        # The counters of the experts are below; who asks for these gets nothing.
+        outputs[COUNTER] = jnp.zeros_like(probe[COUNTER][0])
+        rows_of_all = _Rows(linear_map.expert.kernel_shape, "i", "io", "o", positions="")
+        y = tap(rows_of_all, False, outputs, group_sizes, y, keeps_input=True)
     # Zeros added to the rows of each expert: their cotangent is the sum over these rows.
     added = jnp.zeros((experts, *y.shape[1:]), accumulator(y.dtype))
     added = jax.vmap(partial(tap, rule, has_bias))(probe, means, added)
     return y + jnp.take(added, expert, axis=0, mode="fill", fill_value=0).astype(y.dtype)
 
 
-def _moments(x: Array, group_sizes: Array, omega: Array) -> Array:
-    """XᵀXΩ of the rows X of each expert, flat."""
+def _moments(x: Array, group_sizes: Array, omega: Array | None = None) -> Array:
+    """XᵀXΩ of the rows X of each expert; without Ω all of XᵀX."""
     product = partial(jax.lax.ragged_dot, x, group_sizes=group_sizes, precision=jax.lax.Precision.HIGHEST)
-    z, transposed = jax.vjp(product, jnp.broadcast_to(omega, (len(group_sizes), *omega.shape)))
-    return transposed(z)[0].reshape(len(group_sizes), -1)
+    columns = x.shape[1] if omega is None else omega.shape[1]
+    kernel = jax.ShapeDtypeStruct((len(group_sizes), x.shape[1], columns), x.dtype)
+    z = x if omega is None else product(jnp.broadcast_to(omega, kernel.shape))
+    return jax.linear_transpose(product, kernel)(z)[0]

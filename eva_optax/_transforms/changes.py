@@ -22,7 +22,7 @@ from eva_optax._probes.statistics import DIAGONAL, FACTORS, INPUTS, TRACE
 from eva_optax._transforms.averages import Vectors, has_weights
 from eva_optax._transforms.driver import Part, Step, total_like
 from eva_optax._transforms.renewal import Source, renew_inverses, start_inverses
-from eva_optax._transforms.state import CenterState, ConjugateState, SketchState
+from eva_optax._transforms.state import CenterState, ConjugateState
 
 _ROOT = Recipe(power=-0.5)
 
@@ -39,34 +39,33 @@ class Whitened(NamedTuple):
     every: ArrayLike
 
     curvature = OneSided(whitening=True, moments=True)
-
-    def state(self, tree: Tree) -> type[ConjugateState | SketchState]:
-        """The type of the state for a tree of parameters or gradients."""
-        return SketchState if any(map(has_moment, tree.layers)) else ConjugateState
+    state = ConjugateState
 
     def start(self, tree: Tree) -> tuple[Any, ...]:
         """What the state holds beside averages."""
         layers = list(filter(has_moment, tree.layers))
-        return (jnp.zeros((), jnp.int32), start_inverses(_ROOT, tree, layers, input_names)) if layers else ()
+        # `optax.tree.map_params` gives no parameters: one leaf then stands for what has not the form of parameters.
+        bases = start_inverses(_ROOT, tree, layers, input_names) if tree.leaves else jnp.zeros(())
+        return jnp.zeros((), jnp.int32), bases
 
     def renew(
         self, step: Step, averages: list[Vectors], valid: list[Array], state: Any
     ) -> tuple[tuple[Any, ...], list[Any]]:
         """What the state holds after a step, and for each part the roots of its second moments, if it has any."""
         roots: list[list[Inverse]] = [[] for _ in step.parts]
-        if not isinstance(state, SketchState):
-            return (), roots
         sources = {
             index: Source(part, kept, good | (part.scalars.started > 0), self.damping)
             for index, (part, kept, good) in enumerate(zip(step.parts, averages, valid, strict=True))
             if has_moment(part.bucket.layers[0])
         }
+        count, bases = jnp.asarray(optax.safe_increment(state.count)), {}
+        if not sources:
+            return (count, bases), roots
         made, _ = renew_inverses(_ROOT, state.bases, list(sources.values()), state.count, self.every)
-        bases = {}
         for (index, source), each in zip(sources.items(), made, strict=True):
             roots[index] = each
             bases |= {layer.name: root for layer, root in zip(source.part.bucket.layers, each, strict=True)}
-        return (jnp.asarray(optax.safe_increment(state.count)), bases), roots
+        return (count, bases), roots
 
     def forward(self, part: Part, averages: Vectors, roots: list[Inverse]) -> tuple[list[Gradient], Any, Array, Array]:
         """R G of each layer, what `back` needs, the cosine of G and the mean input, and ⟨G, G⟩."""
@@ -107,10 +106,7 @@ class Centred:
     """Coordinates in which the inputs of layers with a bias are centred."""
 
     curvature = OneSided(whitening=True)
-
-    def state(self, tree: Tree) -> type[CenterState]:
-        """The type of the state."""
-        return CenterState
+    state = CenterState
 
     def start(self, tree: Tree) -> tuple[Any, ...]:
         """Nothing beside averages."""

@@ -15,7 +15,7 @@ from eva_optax._transforms.changes import Centred, Whitened, is_valid, whitened
 from eva_optax._transforms.driver import observe, start
 from eva_optax._transforms.hidden_probes import hide_places, hide_probes, put_probes_back
 from eva_optax._transforms.options import check_decay, check_positive
-from eva_optax._transforms.state import ConjugateState, SketchState, check_state
+from eva_optax._transforms.state import CenterState, ConjugateState, check_state
 
 
 def conjugate(
@@ -64,9 +64,9 @@ def conjugate(
       every: how many steps R of second moments is kept; in the first ones it is renewed each step.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with state `ConjugateState`, or `SketchState` for a model tapped with a
-      rank, or for factors. Where a new R is not finite, the old one is kept. Updates have the gradients' shapes
-      and dtypes; parameters that are not tapped get what `inner` makes of them, probes get zero.
+      An `optax.GradientTransformationExtraArgs` with state `ConjugateState`. Where a new R is not finite, the old one
+      is kept. Updates have the gradients' shapes and dtypes; parameters that are not tapped get what `inner` makes of
+      them, probes get zero.
 
     Raises:
       ValueError: for an option out of its range; at init, if the parameters hold no probes; at update, if the gradients
@@ -162,15 +162,14 @@ def in_coordinates(
       sketch_decay: of running second moments.
     """
 
-    def init(params: Any) -> ConjugateState | SketchState:
+    def init(params: Any) -> ConjugateState | CenterState:
         tree, averages = take_apart(params), start(caller, coordinates.curvature, params)
         inner_state = inner_of(params).init(hide_probes(params))
-        return coordinates.state(tree)(*averages, inner_state, *coordinates.start(tree))
+        return coordinates.state(*averages, inner_state, *coordinates.start(tree))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ConjugateState | SketchState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ConjugateState | CenterState]:
         tree = take_apart(updates)
-        state_type = coordinates.state(tree)
-        check_state(caller, state, state_type)
+        check_state(caller, state, coordinates.state)
         step = observe(caller, coordinates.curvature, tree, state, decay, sketch_decay)
         leaves, ends, carried = list(step.tree.leaves), [], []
         valid = [is_valid(part) for part in step.parts]
@@ -196,6 +195,6 @@ def in_coordinates(
             given = coordinates.back(end.bucket.layout, taken, end.averages, carry)
             for layer, gradient in zip(layers, given, strict=True):
                 layer.place(*gradient, leaves)
-        return step.tree.rebuild(leaves), state_type(*step.kept.settle(caller, ends), inner_state, *more)
+        return step.tree.rebuild(leaves), coordinates.state(*step.kept.settle(caller, ends), inner_state, *more)
 
     return optax.GradientTransformationExtraArgs(init, update)

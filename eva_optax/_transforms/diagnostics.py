@@ -21,10 +21,9 @@ from eva_optax._transforms.state import (
     ScaleByEvaState,
     ScaleByKfacState,
     ShampooState,
-    SketchState,
 )
 
-State = ScaleByEvaState | ConjugateState | SketchState | ScaleByKfacState | ShampooState
+State = ScaleByEvaState | ConjugateState | CenterState | ScaleByKfacState | ShampooState
 
 
 def diagnostics(state: Any) -> dict[str, Array]:
@@ -107,7 +106,7 @@ def _find(tree: Any) -> Iterator[State]:
     for node in jax.tree.leaves(tree, is_leaf=ours):
         if ours(node):
             yield _unboxed(node)
-        if isinstance(node, ConjugateState | SketchState):
+        if isinstance(node, ConjugateState | CenterState):
             yield from _find(node.inner)
 
 
@@ -162,7 +161,7 @@ def _report(state: State) -> Iterator[tuple[str, Array]]:
                 else:
                     yield f"{key}/norm_{name}".removeprefix("/"), jnp.linalg.norm(part.ravel())
             if not isinstance(state, CenterState):
-                whitened = isinstance(state, SketchState) and has_weights(averages)
+                whitened = isinstance(state, ConjugateState) and has_weights(averages)
                 yield f"{key}/{'explained' if whitened else 'cosine'}".removeprefix("/"), cosine[index]
     held = state.inverses if isinstance(state, ScaleByKfacState) else getattr(state, "bases", {})
     for name, inverse in held.items():

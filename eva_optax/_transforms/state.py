@@ -29,12 +29,12 @@ class ScaleByEvaState(NamedTuple):
     nu: Array
 
 
-class ConjugateState(NamedTuple):
-    """State of `conjugate`, and with `CenterState` of `center`.
+class CenterState(NamedTuple):
+    """State of `center`.
 
     Attributes:
       vectors: the running mean inputs `a`, as in `ScaleByEvaState`.
-      scalars: as in `ScaleByEvaState`.
+      scalars: as in `ScaleByEvaState`, without cosines.
       skipped: how many times a layer's mean input was not finite, int32 scalar.
       untapped: as in `ScaleByEvaState`.
       inner: the state of the inner transformation, of the tree without probes, in the new coordinates.
@@ -47,20 +47,17 @@ class ConjugateState(NamedTuple):
     inner: Any
 
 
-class CenterState(ConjugateState):
-    """State of `center`: a `ConjugateState` without cosines."""
-
-
-class SketchState(NamedTuple):
-    """State of `conjugate` for a model that is tapped with a `rank`, or for `factors`.
+class ConjugateState(NamedTuple):
+    """State of `conjugate`.
 
     Attributes:
-      vectors: the running averages: `a`, and of the second moments the sketches `y` and the traces `s`, or all of `A`.
-      scalars: as in `ScaleByEvaState`; the first number of a layer is the weight of its averages, the second the
-        share of its inputs' mean square that lies in the directions of its sketch, 1 for all of `A`.
-      skipped: as in `ConjugateState`.
-      untapped: as in `ConjugateState`.
-      inner: as in `ConjugateState`.
+      vectors: the running averages: `a`, and of second moments, where the model is tapped with a `rank` or for
+        `factors`, the sketches `y` and the traces `s`, or all of `A`.
+      scalars: as in `ScaleByEvaState`; for a layer with a second moment the first number is the weight of its averages,
+        the second the share of its inputs' mean square that lies in the directions of its sketch, 1 for all of `A`.
+      skipped: how many times a layer's averages were not finite, int32 scalar.
+      untapped: as in `ScaleByEvaState`.
+      inner: the state of the inner transformation, of the tree without probes, in the new coordinates.
       count: steps taken, int32 scalar.
       bases: R of each layer with a second moment, by its name.
     """
@@ -122,7 +119,7 @@ class ShampooState(NamedTuple):
     skipped: Array
 
 
-for _state in (ScaleByEvaState, ConjugateState, CenterState, SketchState, ScaleByKfacState, ShampooState):
+for _state in (ScaleByEvaState, ConjugateState, CenterState, ScaleByKfacState, ShampooState):
     _state.__module__ = "eva_optax"
 
 

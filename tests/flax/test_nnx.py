@@ -122,8 +122,9 @@ def flat_arrays(state):
     return {tuple(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state) if "kronecker" not in path}
 
 
-def test_lora_gets_the_vectors_of_its_two_matrices():
-    layer = eva_optax.tap(random_state(nnx.LoRALinear(5, 4, lora_rank=2, rngs=nnx.Rngs(0))))
+@pytest.mark.parametrize("factors", [None, "both"])
+def test_lora_gets_the_statistics_of_its_two_matrices(factors):
+    layer = eva_optax.tap(random_state(nnx.LoRALinear(5, 4, lora_rank=2, rngs=nnx.Rngs(0))), factors=factors)
     x = inputs((3, 2, 5))
     grads, y = jit(nnx.grad(lambda m: (jnp.sum(jnp.sin(y := m(x))), y), has_aux=True))(layer)
     at_output, x = np.cos(y).sum((0, 1)), np.asarray(x)
@@ -136,6 +137,14 @@ def test_lora_gets_the_vectors_of_its_two_matrices():
     np.testing.assert_allclose(vectors["lora/lora_a"].b[0], lora_b @ at_output, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(vectors["lora/lora_b"].a[:, 0], mean @ lora_a, rtol=1e-5)
     np.testing.assert_allclose(vectors["lora/lora_b"].b[0], at_output, rtol=1e-5)
+    if factors:
+        found, rows, dy = eva_optax.factors(grads), x.reshape(6, 5), np.cos(y).reshape(6, 4)
+        for name, of_input, at_output in (
+            ("lora/lora_a", rows, dy @ lora_b.T),
+            ("lora/lora_b", rows @ lora_a, dy),
+        ):
+            np.testing.assert_allclose(found[name].A, of_input.T @ of_input / 6, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found[name].B, 3 * at_output.T @ at_output, rtol=1e-4, atol=1e-5)
 
 
 def test_lora_alone_is_found_by_its_own_filter():

@@ -195,3 +195,14 @@ def vectors(calls: list[Call]) -> tuple[np.ndarray, np.ndarray]:
         means.append(mean)
         sums.append(total.reshape(*(1,) * (mean.ndim - features), *total.shape))
     return np.mean(means, 0), np.sum(sums, 0)
+
+
+def moments(calls: list[Call]) -> tuple[np.ndarray, np.ndarray]:
+    """A and B, in float64, of a layer that is called several times; convolutions without groups."""
+    inputs, outputs = [], []
+    for layer, x, dy in calls:
+        read = patches(np.asarray(x), layer).reshape(dy.size // dy.shape[-1], -1) if isinstance(layer, nn.Conv) else x
+        rows, written = (np.asarray(array, np.float64).reshape(-1, array.shape[-1]) for array in (read, dy))
+        inputs.append(rows.T @ rows / len(rows))
+        outputs.append(len(calls) * len(dy) * written.T @ written)
+    return np.mean(inputs, 0), np.sum(outputs, 0)

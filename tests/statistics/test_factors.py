@@ -1,5 +1,6 @@
 """Kronecker factors, against moments of rows that JAX's own Jacobian finds and of cotangents of zeros added."""
 
+import contextlib
 import math
 
 import flax.linen as nn
@@ -293,20 +294,31 @@ def test_grouped_equations_have_the_factors_of_the_split_product():
     assert_close(found.B, 3 * np.einsum("rhi,rhj->hij", dy, dy), 1e-5)
 
 
-def test_experts_have_the_moments_of_their_rows():
+@pytest.mark.parametrize("flag", [None, True])
+def test_experts_have_the_moments_of_their_rows(flag):
+    """The last row belongs to no expert, and one of them has no rows."""
+
     class Experts(nn.Module):
         @nn.compact
         def __call__(self, x, sizes):
             w = self.param("w", nn.initializers.normal(), (3, 6, 5))
             return eva_optax.tap_ragged_dot(self, "w", x, jax.lax.ragged_dot(x, w, sizes), sizes)
 
-    x, sizes = np.random.default_rng(0).normal(0.5, 1, (9, 6)).astype(np.float32), np.array([5, 0, 4])
+    x, sizes = np.random.default_rng(0).normal(0.5, 1, (10, 6)).astype(np.float32), np.array([5, 0, 4])
     model = eva_optax.tap(Experts(), factors="both")
     params = model.init(jax.random.key(0), x, sizes)["params"]
-    found = eva_optax.factors(jax.grad(lambda p: model.apply({"params": p}, x, sizes).sum())(params))[""]
-    parts = [x[:5], x[:0], x[5:]]
-    assert_close(found.A, np.stack([part.T @ part / max(len(part), 1) for part in parts]), 1e-5)
-    assert found.B is None  # their cotangents are known by their sum alone
+
+    def loss(params, added, flag):
+        with contextlib.nullcontext() if flag is None else eva_optax.tapping(factors=flag):
+            return jnp.sin(model.apply({"params": params}, x, sizes) + added + 1).sum(-1).mean()
+
+    grads, dy = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.zeros((10, 5)), flag)
+    found = eva_optax.factors(grads)[""]
+    groups, dy = (slice(0, 5), slice(5, 5), slice(5, 9)), np.asarray(dy, np.float64)
+    assert_close(found.A, np.stack([x[rows].T @ x[rows] / max(len(x[rows]), 1) for rows in groups]), 1e-5)
+    assert_close(found.B, np.stack([10 * dy[rows].T @ dy[rows] for rows in groups]), 1e-5)
+    for statistics in eva_optax.vectors(grads)[""]:
+        assert jnp.any(statistics != 0)
 
 
 def test_kernels_of_one_gradient_and_probes_of_another(net):

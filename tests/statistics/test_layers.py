@@ -177,7 +177,7 @@ def test_convolution_of_any_geometry(data: st.DataObject) -> None:
 
 
 def cell_gradients(case: CellCase, x: np.ndarray, carry: Any = None) -> tuple[Any, Any]:
-    model = eva_optax.tap(nn.RNN(case.cell))
+    model = eva_optax.tap(nn.RNN(case.cell), factors="both")
     params = random_like(jax.eval_shape(lambda: model.init(jax.random.key(0), x, initial_carry=carry))["params"])
 
     def loss(params: Any) -> jax.Array:
@@ -187,19 +187,21 @@ def cell_gradients(case: CellCase, x: np.ndarray, carry: Any = None) -> tuple[An
 
 
 @pytest.mark.parametrize("case", CELLS, ids=str)
-def test_vectors_of_a_recurrent_cell_run_over_batch_and_time(case: CellCase) -> None:
+def test_statistics_of_a_recurrent_cell_run_over_batch_and_time(case: CellCase) -> None:
     x = case.inputs()
     params, grads = cell_gradients(case, x)
     loop = Unrolled(case.plain)
     real = eva_optax.strip(params)
     calls = brute_force.linear_calls(lambda: jnp.sum(jnp.sin(3 * loop.apply({"params": real}, x))))
-    found = eva_optax.vectors(grads)
-    assert found.keys() == calls.keys()
+    found, factors = eva_optax.vectors(grads), eva_optax.factors(grads)
+    assert found.keys() == factors.keys() == calls.keys()
     for path, layer_calls in calls.items():
         assert len(layer_calls) == x.shape[1]
         a, b = brute_force.vectors(layer_calls)
         assert_close(found[path].a, a)
         assert_close(found[path].b, b, 3e-6)
+        for mine, theirs in zip(factors[path], brute_force.moments(layer_calls), strict=True):
+            assert_close(mine, theirs, 1e-5)
 
 
 @pytest.mark.parametrize("case", CELLS, ids=str)

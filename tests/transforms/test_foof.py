@@ -167,7 +167,7 @@ def test_a_factor_that_is_no_second_moment_is_not_used(x64):
     )
     for updates, state in first_updates(*((tx, negative) for tx in made)):
         assert_equal(eva_optax.strip(updates), eva_optax.strip(grads))
-        assert state.skipped == (0 if isinstance(state, eva_optax.SketchState) else 1)
+        assert state.skipped == (0 if isinstance(state, eva_optax.ConjugateState) else 1)
 
 
 def test_no_probe_of_a_matrix_has_a_momentum():

@@ -17,7 +17,15 @@ from jax.sharding import PartitionSpec as P
 import eva_optax
 from tests.helpers import assert_identical
 from tests.transforms.test_foof import ONE, X, assert_equal, first_updates, gradient, gradient_of
-from tests.transforms.test_reference import Network, assert_close, layer_names, opened, parameters, to_flax
+from tests.transforms.test_reference import (
+    Network,
+    assert_close,
+    layer_names,
+    opened,
+    parameters,
+    patch_to_flax,
+    to_flax,
+)
 
 
 class Two(nn.Module):
@@ -80,29 +88,48 @@ def test_kfac_alias_reproduces_training():
             assert (np.abs(error).max() < 1e-12) == (index == 0)
 
 
-def test_updates_are_those_of_curvlinops():
-    """Their factor of the empirical Fisher matrix is ours times the outputs, and times the terms of a sample."""
-    with opened("kfax_seq_mse") as file:
-        scale, x = float(file["out_features"] * file["loss_terms"]), file["x"].astype(float)
-        model = eva_optax.tap(Network(file), factors="both", sharing="reduce")
-        params = eva_optax.attach(model, parameters(file, 0), x[0])
-        kinds = {"exact": "eigen", "pi": "pi"}
-        damping = float(file["damping"]) / scale
-        made = [eva_optax.scale_by_kfac(damping, relative=False, split=split) for split in kinds.values()]
+SHARING = {"expand": "exp", "reduce": "red"}
+SPLITS = {"eigen": "exact", "pi": "pi"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sharing", "split"),
+    [
+        ("kfax_mlp_ce", "expand", "pi"),
+        ("kfax_seq_mse", "expand", "eigen"),
+        ("kfax_seq_mse", "reduce", "pi"),
+        ("kfax_cnn_mse", "expand", "pi"),
+        ("kfax_cnn_mse", "reduce", "eigen"),
+    ],
+)
+def test_factors_and_updates_are_those_of_curvlinops(name, sharing, split):
+    """Their empirical B is ours times the terms of a sample, and for squared errors times the outputs."""
+    with opened(name) as file:
+        scale = float(file["loss_terms"] * (file["out_features"] if file["loss_kind"] else 1))
+        x, y, short = file["x"][0].astype(float), file["y"][0], SHARING[sharing]
+        y = y if y.dtype == np.int32 else y.astype(float)
+        model = eva_optax.tap(Network(file), factors="both", sharing=sharing)
+        params = eva_optax.attach(model, parameters(file, 0), x)
+        tx = eva_optax.scale_by_kfac(float(file["damping"]) / scale, relative=False, split=split)
 
         @jax.jit
-        def step(params: Any, x: Any, y: Any) -> list[Any]:
+        def step(params: Any) -> tuple[Any, Any]:
             grads = jax.grad(partial(loss_of, model))(params, x, y)
-            return [tx.update(grads, tx.init(params))[0] for tx in made]
+            return grads, tx.update(grads, tx.init(params))[0]
 
-        for index in (0, 5):
-            held = parameters(file, index)
-            params = {key: {**params[key], **held[key]} for key in held}
-            for kind, updates in zip(kinds, step(params, x[index], file["y"][index].astype(float)), strict=True):
-                for key in layer_names(file):
-                    wanted = scale * file[f"{key}.V_red_emp_{kind}"][index].T
-                    assert_close(updates[key]["kernel"], wanted[:-1])
-                    assert_close(updates[key]["bias"], wanted[-1])
+        grads, updates = step(params)
+        factors = eva_optax.factors(grads)
+        for layer in layer_names(file):
+            weight, bias = file[f"{layer}.weight_init"], bool(file[f"{layer}.has_bias"])
+            # Theirs run over (channel, row, column), and with a bias over a 1 behind.
+            order = patch_to_flax(np.arange(weight[0].size), weight).ravel()
+            assert_close(factors[layer].A, file[f"{layer}.A_{short}"][0][np.ix_(order, order)])
+            assert_close(factors[layer].B, file[f"{layer}.B_{short}_emp"][0] / scale)
+            wanted = scale * file[f"{layer}.V_{short}_emp_{SPLITS[split]}"][0]
+            kernel = wanted[:, :-1] if bias else wanted
+            assert_close(updates[layer]["kernel"], to_flax(kernel.reshape(weight.shape)))
+            if bias:
+                assert_close(updates[layer]["bias"], wanted[:, -1])
 
 
 def test_running_averages_are_those_of_kfac_jax():
@@ -119,6 +146,38 @@ def test_running_averages_are_those_of_kfac_jax():
                 assert_close(updates[layer]["bias"], wanted[-1])
                 held = state.vectors[layer]["kronecker"]["kernel,bias"]
                 assert_close(held["B"], size * file[f"{layer}.B"][index])
+
+
+def test_a_fisher_matrix_of_all_labels_is_that_of_kfac_jax():
+    """Probes of a second gradient: each label once for each sample, weighted by the root of its probability."""
+    with opened("kfacjax_mlp_ggn_ce") as file:
+        model = eva_optax.tap(Network(file), factors="both")
+        tx = eva_optax.scale_by_kfac(float(file["damping"]), relative=False, decay=float(file["curvature_ema"]))
+
+        def of_all_labels(params: Any, x: Any) -> jax.Array:
+            every = jax.nn.log_softmax(model.apply({"params": params}, jnp.repeat(x, file["out_features"], 0)))
+            every = every.reshape(len(x), -1, every.shape[-1])  # samples, their labels, logarithms of probabilities
+            chosen = jnp.diagonal(every, axis1=1, axis2=2)
+            weights = jnp.sqrt(chosen.shape[1] * jnp.exp(jax.lax.stop_gradient(chosen)))
+            return -jnp.mean(weights * chosen)
+
+        @jax.jit
+        def step(params: Any, state: Any, x: Any, y: Any) -> Any:
+            grads = jax.grad(partial(loss_of, model))(params, x, y)
+            grads = eva_optax.merge_factors(grads, jax.grad(of_all_labels)(params, x))
+            return tx.update(grads, state)
+
+        params = eva_optax.attach(model, parameters(file, 0), file["x"][0].astype(float))
+        state = tx.init(params)
+        for index in range(int(file["num_steps"])):
+            held = parameters(file, index)
+            params = {key: {**params[key], **held[key]} for key in held}
+            updates, state = step(params, state, file["x"][index].astype(float), file["y"][index])
+            for layer in layer_names(file):
+                wanted = file[f"{layer}.V_pi"][index].T
+                assert_close(updates[layer]["kernel"], wanted[:-1])
+                assert_close(updates[layer]["bias"], wanted[-1])
+                assert_close(state.vectors[layer]["kronecker"]["kernel,bias"]["B"], file[f"{layer}.B"][index])
 
 
 def test_kfac_is_foof_with_an_isotropic_output_factor_and_eva_with_one_row(x64):

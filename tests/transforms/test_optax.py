@@ -467,6 +467,33 @@ def test_state_is_mapped_beside_the_parameters(member, params):
         assert mean_input == ((4, 1), (4, 1))
 
 
+@pytest.mark.parametrize("options", [{"rank": 2}, {"factors": "both", "sharing": "reduce"}], ids=["sketch", "factors"])
+def test_states_of_second_moments_are_mapped_beside_the_parameters(options):
+    """Averages and moments lie as parameters do; inverses, which have no place among them, are one leaf for all."""
+    model = eva_optax.tap(nn.Dense(3), **options)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((2, 4)))["params"]
+    masked = {"is_leaf": lambda leaf: isinstance(leaf, optax.MaskedNode)}  # as for optax.masked
+    of_all = [eva_optax.conjugate(optax.scale_by_adam()), eva_optax.eva_adamw(0.1), eva_optax.eva_muon(0.1)]
+    of_matrices = [eva_optax.scale_by_foof(), eva_optax.kfac(0.1), eva_optax.foof_adamw(0.1)]
+
+    def place(leaf, param):
+        return leaf if isinstance(leaf, optax.MaskedNode) else str(param.shape)
+
+    def check(place, part):
+        assert place in ("whole", str(getattr(part, "shape", part)))
+
+    for tx in (*of_all, *(of_matrices if "factors" in options else ())):
+        state = jax.eval_shape(tx.init, params)
+        mapped = optax.tree.map_params(tx, place, state, params, transform_non_params=lambda _: "whole", **masked)
+        jax.tree.map(check, mapped, state)
+        (averages,) = (part for path, part in optax.tree.get_all_with_path(mapped, "vectors"))
+        assert len(jax.tree.leaves(averages)) > 1
+        assert "whole" not in jax.tree.leaves(averages)
+        assert [part for name in ("bases", "inverses") for _, part in optax.tree.get_all_with_path(mapped, name)] == [
+            "whole"
+        ]
+
+
 @family
 def test_unknown_extra_arguments_are_ignored(member, params):
     tx = optax.with_extra_args_support(member)
