@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -32,7 +31,6 @@ from eva_optax._probes.linear_map import KernelShapes
 from eva_optax._probes.probe import COUNTER, KRONECKER, Probe, accumulator, probe_axis_names, probe_name
 from eva_optax._probes.statistics import STATISTICS, VECTORS
 from eva_optax._probes.tap import tap
-from eva_optax._statistics.einsum import Contraction
 from eva_optax._statistics.equation import example_input
 
 # A layer's own kernel shape, without the axes that `nnx.vmap` stacks, from the layer and the shape of its kernel.
@@ -108,24 +106,28 @@ class LoRAKind(Kind):
         return ("lora_b",)
 
     def plans(self, layer: Any, path: str = "") -> list[Plan]:
+        return self._plans(layer, ())
+
+    def _plans(self, layer: Any, positions: Shape) -> list[Plan]:
+        kernels = {name: getattr(layer, name).shape[-2:] for name in ("lora_a", "lora_b")}
         return [
-            Tap(Contraction(getattr(layer, name).shape[-2:], "i", "io", "o", ""), kernel=name, bias=None)
-            for name in ("lora_a", "lora_b")
+            equation_plan("...i,io->...o", shape, (*positions, shape[0]), name, bias=None)
+            for name, shape in kernels.items()
         ]
 
     def tapped(self, layer: Any, y: Array, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Array:
-        # All is linear: means of the input pass through the first matrix, and zeros added to the output collect the
-        # sum of its cotangent, which passes back through the second.
-        first, second = self.plans(layer)
+        # The intermediate result is made as in the call, of which XLA keeps one. Zeros that are added to the output
+        # collect its cotangent, and pass it back through the second matrix.
+        given = (split_input(function, args, kwargs)[0], layer.lora_a[...], layer.lora_b[...])
+        dtype = jnp.result_type(*given) if layer.dtype is None else layer.dtype
+        x, a, b = (jax.lax.stop_gradient(jnp.asarray(value, dtype)) for value in given)
+        hidden = x @ a
+        first, second = self._plans(layer, x.shape[:-1])
         assert isinstance(first, Tap)
         assert isinstance(second, Tap)
-        x = jnp.asarray(split_input(function, args, kwargs)[0])
-        mean = jnp.mean(x, tuple(range(x.ndim - 1)), dtype=accumulator(x.dtype))
-        a, b = (jnp.asarray(value[...]).astype(mean.dtype) for value in (layer.lora_a, layer.lora_b))
-        inner = tap_parameters(layer, first, mean, jnp.zeros(a.shape[-1], mean.dtype))
-        product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        outer = tap_parameters(layer, second, product(mean, a), product(inner, b))
-        return y + jnp.broadcast_to(outer, y.shape).astype(y.dtype)
+        inner = tap_parameters(layer, first, x, jnp.zeros_like(hidden))
+        outer = tap_parameters(layer, second, hidden, inner @ b)
+        return y + outer.astype(y.dtype)
 
 
 def tap_parameters(layer: Any, plan: Tap, x: Array, y: Array) -> Array:
