@@ -116,18 +116,28 @@ class LoRAKind(Kind):
         ]
 
     def tapped(self, layer: Any, y: Array, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Array:
-        # The intermediate result is made as in the call, of which XLA keeps one. Zeros that are added to the output
-        # collect its cotangent, and pass it back through the second matrix.
+        # The intermediate result is made anew. Zeros that are added to the output collect its cotangent, and pass it
+        # back through the second matrix.
         given = (split_input(function, args, kwargs)[0], layer.lora_a[...], layer.lora_b[...])
         dtype = jnp.result_type(*given) if layer.dtype is None else layer.dtype
         x, a, b = (jax.lax.stop_gradient(jnp.asarray(value, dtype)) for value in given)
-        hidden = x @ a
+        precision = None  # as in the call: XLA keeps one of both results
+        if not _has_moments(layer):  # all is linear, so that the mean input, as one row, tells the vectors
+            x = jnp.mean(x, tuple(range(x.ndim - 1)), dtype=accumulator(dtype))
+            a, b, precision = a.astype(x.dtype), b.astype(x.dtype), jax.lax.Precision.HIGHEST
+        hidden = jnp.matmul(x, a, precision=precision)
         first, second = self._plans(layer, x.shape[:-1])
         assert isinstance(first, Tap)
         assert isinstance(second, Tap)
         inner = tap_parameters(layer, first, x, jnp.zeros_like(hidden))
-        outer = tap_parameters(layer, second, hidden, inner @ b)
-        return y + outer.astype(y.dtype)
+        outer = tap_parameters(layer, second, hidden, jnp.matmul(inner, b, precision=precision))
+        return y + jnp.broadcast_to(outer, y.shape).astype(y.dtype)
+
+
+def _has_moments(layer: Any) -> bool:
+    """Whether a probe of the layer collects more than vectors."""
+    probes = (vars(layer).get(KRONECKER) or {}).values()
+    return any(name not in (*VECTORS, COUNTER) for probe in probes for name in probe)
 
 
 def tap_parameters(layer: Any, plan: Tap, x: Array, y: Array) -> Array:
