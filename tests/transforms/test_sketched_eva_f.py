@@ -12,7 +12,15 @@ from flax import serialization
 
 import eva_optax
 from tests.dense import LAYOUTS, cast
-from tests.helpers import assert_close, assert_identical, assert_probes_are_zero, averages, first_update, random_like
+from tests.helpers import (
+    FAMILY,
+    assert_close,
+    assert_identical,
+    assert_probes_are_zero,
+    averages,
+    first_update,
+    random_like,
+)
 
 X = np.random.default_rng(0).normal(0.5, 1, (6, 4, 4, 2))
 DAMPING = 0.3
@@ -231,8 +239,9 @@ def test_no_matrix_of_a_layers_size_is_made():
     assert not any(f"{size},{other}]" in program for size in (61, 62) for other in (61, 62))
 
 
-def test_options_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"scale_by_eva_f: sketch_decay must lie in \[0, 1\), got 1"):
-        eva_optax.scale_by_eva_f(sketch_decay=1.0)
-    with pytest.raises(ValueError, match="eva_f: every must be greater than 0, got 0"):
-        eva_optax.eva_f(0.1, every=0)
+@pytest.mark.parametrize("name", ["scale_by_eva_f", "eva_f", "conjugate", "eva_adamw", "eva_muon"])
+def test_options_out_of_range_are_refused(name):
+    with pytest.raises(ValueError, match=rf"{name}: sketch_decay must lie in \[0, 1\), got 1"):
+        FAMILY[name](sketch_decay=1.0)
+    with pytest.raises(ValueError, match=f"{name}: every must be greater than 0, got 0"):
+        FAMILY[name](every=0)
