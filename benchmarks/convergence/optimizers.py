@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import eva_optax
@@ -54,6 +55,28 @@ eva_muon = partial(eva_optax.eva_muon, adam_b2=0.95, **MUON)
 SKETCHED = {rank: partial(eva_optax.tap, rank=rank) for rank in (0, 4, 16)}
 
 
+def before_sgd(rate: optax.Schedule, *first: optax.GradientTransformation) -> optax.GradientTransformation:
+    """What comes before SGD with momentum, which keeps none of probes."""
+    return optax.chain(*first, optax.masked(BASELINES["sgd"](rate), eva_optax.not_probes))
+
+
+def nysact(rate: optax.Schedule, damping: float = 0.1) -> optax.GradientTransformation:
+    """NysAct (Seung, Lee and Ko, arXiv:2506.08360): absolute damping alone tells what a sketch does not see.
+
+    Traces are taken out, so that what is left of them is zero. A sketch is taken in each step and not in every fifth,
+    and so decays by the fifth root of their 0.95; they draw other columns of A each time, and published dampings lie
+    between 0.01 and 1, ranks between 5 and 50.
+    """
+
+    def without_traces(updates: Any, _: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jnp.zeros_like(leaf) if path[-1] == jax.tree_util.DictKey("s") else leaf, updates
+        )
+
+    inverse = eva_optax.scale_by_eva_f(damping, relative=False, sketch_decay=0.95**0.2, every=50)
+    return before_sgd(rate, optax.stateless(without_traces), inverse)
+
+
 def _behind(base: str) -> list[Optimizer]:
     """The members of the family in front of a baseline, and the mean input taken out of its gradients."""
     build = BASELINES[base]
@@ -72,8 +95,7 @@ def _matrices() -> Iterator[Optimizer]:
         return partial(eva_optax.tap, factors=factors, sharing=sharing)
 
     def preconditioned(rate: optax.Schedule, every: int) -> optax.GradientTransformation:
-        momentum = optax.masked(BASELINES["sgd"](rate), eva_optax.not_probes)
-        return optax.chain(eva_optax.scale_by_kfac(every=every), momentum)
+        return before_sgd(rate, eva_optax.scale_by_kfac(every=every))
 
     for every, suffix in ((1, ""), (10, "/10")):
         published = partial(eva_optax.kfac, every=every)
@@ -102,6 +124,8 @@ OPTIMIZERS = {
         Optimizer("eva", "sgd", eva_optax.eva),
         Optimizer("eva_f", "sgd", eva_optax.eva_f),
         Optimizer("eva_s", "sgd", eva_optax.eva_s, untapped),
+        Optimizer("eva_f@16+sgd", "sgd", lambda rate: before_sgd(rate, eva_optax.scale_by_eva_f()), SKETCHED[16]),
+        Optimizer("nysact", "sgd", nysact, SKETCHED[16]),
         *_matrices(),
     )
 }

@@ -46,8 +46,9 @@ def tap(
         (`scale_by_eva_f`, `conjugate`, `center`, `eva_adamw`, `eva_muon`), which saves the sum of the cotangents.
         Layers with batch axes of their own collect both.
       rank: also collect a sketch of the second moment of each layer's input, of so many vectors (16, say), and its
-        trace: `conjugate`, `eva_adamw` and `eva_muon` then whiten so many directions, see `sketches`; 0 for the trace
-        alone, which tells them how to damp their one direction. A layer of fewer inputs collects its full moment.
+        trace: `conjugate`, `eva_adamw` and `eva_muon` then whiten so many directions, and `scale_by_eva_f` takes the
+        inverse of so many, see `sketches`; 0 for the trace alone, which tells them how to damp their one direction. A
+        layer of fewer inputs collects its full moment.
       factors: also collect the second moment of each layer's inputs ("input"), for `scale_by_foof` and for `conjugate`
         and its kin, or that of the cotangents of its outputs too ("both"), for `scale_by_kfac`; see `factors`.
       max_dim: a side of more inputs, or outputs, than this keeps its vector instead of a matrix.

@@ -74,7 +74,7 @@ def eva_adamw(
     """
     check_positive("eva_adamw", damping=damping)
     check_decay("eva_adamw", decay)
-    check_decay("eva_adamw", sketch_decay)
+    check_decay("eva_adamw", sketch_decay, "sketch_decay")
     check_positive("eva_adamw", every=every)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     return optax.chain(
@@ -158,7 +158,7 @@ def eva_muon(
       >>> updates, state = tx.update(grads, state, params)
     """
     check_positive("eva_muon", damping=damping)
-    check_decay("eva_muon", sketch_decay)
+    check_decay("eva_muon", sketch_decay, "sketch_decay")
     check_positive("eva_muon", every=every)
     check_decay("eva_muon", decay)
     muon = partial(

@@ -87,8 +87,7 @@ def conjugate(
     """
     check_positive("conjugate", damping=damping)
     check_decay("conjugate", decay)
-
-    check_decay("conjugate", sketch_decay)
+    check_decay("conjugate", sketch_decay, "sketch_decay")
     check_positive("conjugate", every=every)
     return in_coordinates(
         "conjugate",

@@ -40,9 +40,10 @@ def diagnostics(state: Any) -> dict[str, Array]:
     "<layer>/norm_b"     ‖b‖ of the running summed cotangent
     "<kernel>/norm"      ‖V‖ (`scale_by_eva_s`)
     "<layer>/trace"      the mean square of the layer's inputs, where the model is tapped with a rank
-    "<layer>/explained"  the share of it that lies in the directions of the sketch (`conjugate`)
+    "<layer>/explained"  the share of it that lies in the directions of the sketch (`conjugate`, `scale_by_eva_f`)
     "<layer>/condition"  the condition number of what its gradient is multiplied by, when that was made
-                         (`scale_by_foof`, `scale_by_kfac`, `conjugate` for second moments); of inverses in the 1-norm
+                         (`scale_by_foof`, `scale_by_kfac`, `conjugate` and `scale_by_eva_f` for second moments); of
+                         inverses of whole matrices in the 1-norm
     "<layer>/residual"   its residual then, along one vector: from 0.1 on it is not used, and the old one is kept
     "<layer>/age"        steps since then
     "<name>/condition"   the largest condition number that a parameter's roots were made of (`scale_by_shampoo`)
@@ -51,8 +52,9 @@ def diagnostics(state: Any) -> dict[str, Array]:
     ===================  ===============================================================================================
 
     Cosines come from sums that the update takes anyway, norms from the averages in the state; with `scale_by_foof` and
-    `scale_by_kfac` they are those of gradient and update. A scanned layer has one entry for each of its layers,
-    "<layer>[2]/cosine"; groups of a convolution are averaged. Of condition, residual and age there is one, the largest.
+    `scale_by_kfac`, and `scale_by_eva_f` for sketches, they are those of gradient and update. A scanned layer has one
+    entry for each of its layers, "<layer>[2]/cosine"; groups of a convolution are averaged. Of condition, residual and
+    age there is one, the largest, and beside cosines one of "explained", the mean.
 
     Args:
       state: an optimizer's state with a state of this library anywhere in it, or an `nnx.Optimizer`. Where there are
@@ -134,6 +136,7 @@ def _report(state: State) -> Iterator[tuple[str, Array]]:
     yield "skipped", state.skipped
     yield "untapped", state.untapped
     layers, names = averages_by_layer(state)
+    sketched = {names[path] for path, averages in layers.items() if TRACE in averages}
     cosines = iter(state.scalars[len(state.scalars) // 2 :])
     for path, averages in layers.items():
         counter = averages.pop(COUNTER, None)
@@ -165,6 +168,8 @@ def _report(state: State) -> Iterator[tuple[str, Array]]:
                 yield f"{key}/{'explained' if whitened else 'cosine'}".removeprefix("/"), cosine[index]
     held = state.inverses if isinstance(state, ScaleByKfacState) else getattr(state, "bases", {})
     for name, inverse in held.items():
+        if isinstance(state, ScaleByKfacState) and name in sketched:
+            yield f"{name}/explained".removeprefix("/"), jnp.mean(jax.tree.leaves(inverse.inputs.explained)[0])
         for figure in ("condition", "residual", "age"):
             yield f"{name}/{figure}".removeprefix("/"), jnp.max(jax.tree.leaves(getattr(inverse, figure))[0])
 

@@ -52,10 +52,12 @@ class Averaging(NamedTuple):
       decay: weight of the old value.
       start: "weighted", the first ones count alike, each older one `decay` times less; "first", the first one is taken
         as it is; "identity", the sum starts with one, and is divided by the weight of all that comes after.
+      of_vectors: weight of the old value for layers of which there are vectors alone; None for `decay`.
     """
 
     decay: ArrayLike
     start: Start = "weighted"
+    of_vectors: ArrayLike | None = None
 
 
 def precondition_by_factors(
@@ -93,8 +95,8 @@ def precondition_by_factors(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByKfacState]:
         del params
         check_state(caller, state, ScaleByKfacState)
-        decay = averaging.decay
-        moment_decay = None if averaging.start == "first" else decay
+        moment_decay = None if averaging.start == "first" else averaging.decay
+        decay = averaging.decay if averaging.of_vectors is None else averaging.of_vectors
         step = observe(caller, factors, take_apart(updates), state, decay, moment_decay)
         squares = [_inner(part.bucket.layout, part.gradients, part.gradients) for part in step.parts]
         valid = [

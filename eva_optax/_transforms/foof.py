@@ -33,8 +33,8 @@ def scale_by_foof(
 
     Tap the model with ``tap(model, factors="input")``. What else a tap holds is taken too. Of a side larger than its
     `max_dim`, and of a model without factors, the mean input: P is then that of `scale_by_eva_f`, whose damping is in
-    units of the one eigenvalue. With a `rank` a sketch of A: P is that of NysAct. Of an embedding the diagonal, which
-    is all of A.
+    units of the one eigenvalue. With a `rank` a sketch of A: P is that of `scale_by_eva_f`. Of an embedding the
+    diagonal, which is all of A.
 
     Form A in every step, or with ``tapping(factors=step % 10 == 0)`` in some; the others go on with the average. Where
     A was not formed, or the layer was not used, the gradient is multiplied by what there is. It belongs before SGD;

@@ -40,8 +40,8 @@ def not_probes(tree: Any) -> Any:
 
     The updates of probes are zeros, and an optimizer behind a transformation of this library would keep momentum and
     moments of them, which nobody uses. Of vectors these are small; of the matrices that `tap(model, factors=...)` makes
-    they are as large as the layers themselves. Behind `scale_by_foof` and `scale_by_kfac` mask them, as the ready-made
-    optimizers do.
+    they are as large as the layers themselves. Behind `scale_by_foof` and `scale_by_kfac`, and behind `scale_by_eva_f`
+    with a rank, mask them, as the ready-made optimizers do.
 
     Args:
       tree: parameters of a tapped model, or anything of their structure.

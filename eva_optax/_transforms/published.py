@@ -5,9 +5,10 @@ from jax.typing import ArrayLike
 
 from eva_optax._curvature.curvature import Damping
 from eva_optax._curvature.gradient_means import GradientMeans
-from eva_optax._curvature.one_sided import OneSided
 from eva_optax._curvature.rank_one import RankOne
 from eva_optax._transforms.driver import precondition
+from eva_optax._transforms.eva_f import by_tap, one_sided
+from eva_optax._transforms.hidden_probes import not_probes
 
 
 def eva(
@@ -66,6 +67,8 @@ def eva_f(
     damping: ArrayLike = 0.03,
     *,
     decay: ArrayLike = 0.05,
+    sketch_decay: ArrayLike = 0.95,
+    every: ArrayLike = 10,
     momentum: float = 0.9,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     decoupled: bool = False,
@@ -76,18 +79,22 @@ def eva_f(
       d_t = \nu_t P_t + \lambda w_t, \quad m_t = \mu m_{t-1} + d_t, \quad w_{t+1} = w_t - \eta_t m_t
 
     with P of `scale_by_eva_f(relative=False)` and ν of its "kl_norm": the length of a step is set by the learning rate
-    and not by the gradient, so that the rate wants a schedule that ends near zero.
+    and not by the gradient, so that the rate wants a schedule that ends near zero. Nothing is published of a model that
+    is tapped with a rank: there it goes on with the sketch, as `scale_by_eva_f` does.
 
     Args:
       learning_rate: η, a number or a schedule.
       damping: γ > 0, in the units of the squared mean input.
       decay: weight of the old value in the running mean input, in [0, 1).
+      sketch_decay: of `scale_by_eva_f`.
+      every: of `scale_by_eva_f`.
       momentum: μ.
       weight_decay: λ; it enters the momentum, neither preconditioned nor scaled by ν.
       decoupled: add the weight decay after the momentum instead, as AdamW does.
 
     Returns:
-      An `optax.GradientTransformation`; parameters are needed in `update` for the weight decay.
+      An `optax.GradientTransformation`; parameters are needed in `update` for the weight decay. Sketches have no
+      momentum.
 
     Raises:
       ValueError: for an option out of its range, and as `scale_by_eva_f`.
@@ -104,8 +111,12 @@ def eva_f(
       >>> updates, state = tx.update(grads, state, params)
     """
     kept = Damping(damping, relative=False, keep_scale=True)
-    preconditioner = precondition("eva_f", OneSided(), kept, decay, "kl_norm")
-    return _with_momentum(preconditioner, learning_rate, optax.trace(momentum), weight_decay, decoupled)
+    by_vectors, by_sketches = one_sided("eva_f", kept, decay, sketch_decay, every, "kl_norm")
+    trace, options = optax.trace(momentum), (weight_decay, decoupled)
+    return by_tap(
+        _with_momentum(by_vectors, learning_rate, trace, *options),
+        _with_momentum(by_sketches, learning_rate, optax.masked(trace, not_probes), *options),
+    )
 
 
 def eva_s(

@@ -72,12 +72,13 @@ class ConjugateState(NamedTuple):
 
 
 class ScaleByKfacState(NamedTuple):
-    """State of `scale_by_foof` and `scale_by_kfac`.
+    """State of `scale_by_foof` and `scale_by_kfac`, and of `scale_by_eva_f` for a model that is tapped with a `rank`.
 
     Attributes:
       count: steps taken, int32 scalar.
       vectors: the running averages, shaped like the parameters: each probe holds `A` and `B` as its tap collects them,
-        the mean input `a`, and `b` where there is no `B`. Everything else is an `optax.MaskedNode`.
+        the mean input `a`, sketches `y` and traces `s` where there is no `A`, and `b` where there is no `B`. Everything
+        else is an `optax.MaskedNode`.
       scalars: as in `ScaleByEvaState`; the first number of a layer is the weight of its averages, the second the cosine
         of its gradient and its update.
       skipped: how many times a layer's statistics were not finite, or its inverse could not be made anew, int32 scalar.

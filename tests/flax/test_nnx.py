@@ -122,9 +122,8 @@ def flat_arrays(state):
     return {tuple(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state) if "kronecker" not in path}
 
 
-@pytest.mark.parametrize("factors", [None, "both"])
-def test_lora_gets_the_statistics_of_its_two_matrices(factors):
-    layer = eva_optax.tap(random_state(nnx.LoRALinear(5, 4, lora_rank=2, rngs=nnx.Rngs(0))), factors=factors)
+def test_lora_gets_the_vectors_of_its_two_matrices():
+    layer = eva_optax.tap(random_state(nnx.LoRALinear(5, 4, lora_rank=2, rngs=nnx.Rngs(0))))
     x = inputs((3, 2, 5))
     grads, y = jit(nnx.grad(lambda m: (jnp.sum(jnp.sin(y := m(x))), y), has_aux=True))(layer)
     at_output, x = np.cos(y).sum((0, 1)), np.asarray(x)
@@ -137,14 +136,29 @@ def test_lora_gets_the_statistics_of_its_two_matrices(factors):
     np.testing.assert_allclose(vectors["lora/lora_a"].b[0], lora_b @ at_output, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(vectors["lora/lora_b"].a[:, 0], mean @ lora_a, rtol=1e-5)
     np.testing.assert_allclose(vectors["lora/lora_b"].b[0], at_output, rtol=1e-5)
-    if factors:
-        found, rows, dy = eva_optax.factors(grads), x.reshape(6, 5), np.cos(y).reshape(6, 4)
-        for name, of_input, at_output in (
-            ("lora/lora_a", rows, dy @ lora_b.T),
-            ("lora/lora_b", rows @ lora_a, dy),
-        ):
-            np.testing.assert_allclose(found[name].A, of_input.T @ of_input / 6, rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(found[name].B, 3 * at_output.T @ at_output, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_gets_the_second_moments_of_its_two_matrices():
+    """Of all positions, the inputs of the second one being the products of the first; sketches of all directions."""
+    x, by_lora = inputs((3, 2, 5)), nnx.DiffState(0, nnx.LoRAParam)
+    options = {"factors": "both"}, {"rank": 5}
+    layers = [eva_optax.tap(random_state(nnx.LoRA(5, 2, 4, rngs=nnx.Rngs(0))), **each) for each in options]
+
+    def gradients(*layers):
+        return [nnx.grad(lambda m: jnp.sum(jnp.sin(m(x))), argnums=by_lora)(layer) for layer in layers]
+
+    whole, sketched = jit(gradients)(*layers)
+    lora_a, lora_b = (np.asarray(part[...]) for part in (layers[0].lora_a, layers[0].lora_b))
+    rows = np.asarray(x).reshape(6, 5)
+    at_output = np.cos(rows @ lora_a @ lora_b)
+    moments, sketches = eva_optax.factors(whole), eva_optax.sketches(sketched)
+    pairs = {"lora_a": (rows, at_output @ lora_b.T), "lora_b": (rows @ lora_a, at_output)}
+    assert moments.keys() == sketches.keys() == pairs.keys()
+    for name, (read, written) in pairs.items():
+        assert_close(moments[name].A, read.T @ read / 6, 1e-5)
+        assert_close(moments[name].B, 3 * written.T @ written, 1e-5)  # three samples
+        assert_close(sketches[name].moment @ sketches[name].directions.T, read.T @ read / 6, 1e-5)
+        np.testing.assert_allclose(sketches[name].trace, np.sum(read**2) / 6, rtol=1e-5)
 
 
 def test_lora_alone_is_found_by_its_own_filter():
