@@ -260,6 +260,18 @@ def test_a_run_stops_at_its_target_and_goes_on_to_another(tmp_path, capsys):
     assert steps == list(range(5, 41, 5))
 
 
+def test_waiting_for_slow_input_is_counted(tmp_path, monkeypatch):
+    load = pipeline.Loader.__call__
+
+    def slow(loader, number):
+        time.sleep(0.1)
+        return load(loader, number)
+
+    monkeypatch.setattr(pipeline.Loader, "__call__", slow)
+    main([*AUTOENCODER, "--optimizer", "sgd", "--steps", "12", "--threads", "1", "--output", str(tmp_path)])
+    assert json.loads((tmp_path / "result.json").read_text())["input_share"] > 0.5
+
+
 def test_a_run_that_diverges_says_so(tmp_path, capsys):
     run = [*AUTOENCODER, "--optimizer", "sgd", "--learning-rate", "1e30", "--steps", "10", "--output", str(tmp_path)]
     for _ in range(2):
