@@ -51,6 +51,14 @@ def test_factors_are_the_second_moments_of_inputs_and_cotangents(case):
     if isinstance(case.layer, nn.Embed):
         assert_close(factors.A, np.diag(moments[0]) / rows, 1e-5)
     else:
+        if isinstance(case.layer, nn.ConvTranspose):
+            # Each offset is as large as its mean over what it meets wants it: ones tell how often that is.
+            rows = dy.size // math.prod(case.per_output)
+            (met,) = map(np.diag, second_moments(case, eva_optax.strip(found["params"]), np.ones_like(x), a, b)[0])
+            moments = [moments[0] * (rows / met) * (rows / met)[:, None]]
+            mean = np.ravel(probe["a"])[:, None] / probe["n"].ravel()[0]
+            homogeneous = np.block([[np.asarray(factors.A, np.float64), mean], [mean.T, np.ones((1, 1))]])
+            assert np.linalg.eigvalsh(homogeneous).min() > -1e-5
         assert_close(factors.A.reshape(-1, *moments[0].shape), np.stack(moments) / rows, 1e-5)
     kernel = found["params"][case.kernel].shape
     per_position = cotangent_rows(case, dy, b)
