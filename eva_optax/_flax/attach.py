@@ -121,6 +121,7 @@ def _attach_nnx(
     max_dim: int = 8192,
     sharing: str = "expand",
     factor_rows: int | None = None,
+    skip_padding: bool = False,
     **kwargs: Any,
 ) -> Any:
     """`attach` for the state of an NNX model."""
@@ -129,7 +130,7 @@ def _attach_nnx(
     from eva_optax._flax.nnx import tap_module
 
     tapped = nnx.clone(model)
-    collected = check_statistics("attach", statistics, rank, factors, max_dim, sharing, factor_rows)
+    collected = check_statistics("attach", statistics, rank, factors, max_dim, sharing, factor_rows, skip_padding)
     if args or kwargs or embeddings or rank is not None or factors or not has_probes(nnx.state(model)):
         tap_module("attach", tapped, embeddings, collected, args, kwargs)
     state: Any = nnx.state(tapped)

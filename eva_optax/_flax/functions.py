@@ -24,6 +24,7 @@ def tap(
     max_dim: int = 8192,
     sharing: str = "expand",
     factor_rows: int | None = None,
+    skip_padding: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Returns an object to use in the place of `model`, whose gradients carry the Kronecker vectors.
@@ -57,6 +58,8 @@ def tap(
         axis.
       factor_rows: make second moments of about so many rows, those of every so many positions or examples: by default
         factors of all, sketches of 512.
+      skip_padding: whether rows whose cotangents are all zero, as those of padded tokens that a loss leaves out, do not
+        count in factors. A of convolutions, lookups and experts counts all.
       partial: for a Linen model: whether some of its layers may stay without a probe while others have one, as those of
         a frozen part whose parameters were loaded. In NNX tap the parts that are to be tapped.
       **kwargs: likewise.
@@ -87,7 +90,7 @@ def tap(
       >>> sorted(nnx.state(model, nnx.Param))
       ['bias', 'kernel', 'kronecker']
     """
-    collected = check_statistics("tap", statistics, rank, factors, max_dim, sharing, factor_rows)
+    collected = check_statistics("tap", statistics, rank, factors, max_dim, sharing, factor_rows, skip_padding)
     if is_nnx_module(model):
         from eva_optax._flax.nnx import tap_module
 
@@ -130,6 +133,7 @@ def tapping(
     max_dim: int = 8192,
     sharing: str = "expand",
     factor_rows: int | None = None,
+    skip_padding: bool = False,
     partial: bool = False,
 ) -> AbstractContextManager[Any]:
     """A context manager in which every Linen `init` and `apply` is tapped, for code that calls them itself.
@@ -151,6 +155,7 @@ def tapping(
       max_dim: as for `tap`.
       sharing: as for `tap`.
       factor_rows: as for `tap`.
+      skip_padding: as for `tap`.
       partial: as for `tap`.
 
     Returns:
@@ -182,7 +187,7 @@ def tapping(
         return forming_factors(check_flag(factors))
     from eva_optax._flax.linen import linen_tapping
 
-    collected = check_statistics("tapping", statistics, rank, factors, max_dim, sharing, factor_rows)
+    collected = check_statistics("tapping", statistics, rank, factors, max_dim, sharing, factor_rows, skip_padding)
     return linen_tapping(embeddings, collected, partial=partial, caller="tapping")
 
 

@@ -5,7 +5,7 @@ Names are those of statistics, and "rank=16" and the like: hashable, and a part 
 
 from collections.abc import Sequence
 
-from eva_optax._probes.linear_map import ROWS, KernelShapes, Moments, statistic_of
+from eva_optax._probes.linear_map import ROWS, SKIP_PADDING, KernelShapes, Moments, PairsRows, statistic_of
 from eva_optax._probes.probe import COUNTER, NUMBERS, Shape
 from eva_optax._probes.statistics import (
     DIAGONAL,
@@ -29,6 +29,7 @@ def check_statistics(
     max_dim: int = 8192,
     sharing: str = "expand",
     factor_rows: int | None = None,
+    skip_padding: bool = False,
 ) -> tuple[str, ...]:
     """The names of statistics in their order, and of what else says how they are collected.
 
@@ -74,7 +75,13 @@ def check_statistics(
         raise ValueError(
             f'eva_optax.{caller}: sharing="reduce" says what the rows of factors are; add factors="input" or "both".'
         )
+    if skip_padding and (not factors or factor_rows is not None):
+        raise ValueError(
+            f"eva_optax.{caller}: skip_padding=True says which rows count in whole factors; add "
+            'factors="input" or "both", and leave out factor_rows, which looks at some of the rows.'
+        )
     rows = () if factor_rows is None else (f"{ROWS}{factor_rows}",)
+    rows = (*rows, SKIP_PADDING) if skip_padding else rows
     if factors:
         names = (*names, f"{_FACTORS}{factors}", f"{_LARGEST}{max_dim}", f"{_SHARING}{sharing}")
     return (*names, *rows) if factors or rank is not None else names
@@ -112,7 +119,8 @@ def _factors(shapes: KernelShapes, statistics: Sequence[str]) -> list[str]:
     if shapes.is_lookup:
         found.append(DIAGONAL)
     elif shapes.last_output_axis is not None and inputs_of(shapes) <= largest:
-        found.append(moments.name(INPUTS))
+        paired = isinstance(shapes, PairsRows) and shapes.last_input_axis is not None
+        found.append(moments._replace(skip_padding=moments.skip_padding and paired).name(INPUTS))
     if wanted == "both" and shapes.last_input_axis is not None and outputs_of(shapes) <= largest:
         found.append(moments.name(OUTPUTS))
     return found
@@ -120,7 +128,8 @@ def _factors(shapes: KernelShapes, statistics: Sequence[str]) -> list[str]:
 
 def _moments(statistics: Sequence[str]) -> Moments:
     rows = _option(statistics, ROWS)
-    return Moments(_option(statistics, _SHARING) or "expand", None if rows is None else int(rows))
+    sharing = _option(statistics, _SHARING) or "expand"
+    return Moments(sharing, None if rows is None else int(rows), SKIP_PADDING in statistics)
 
 
 def _option(statistics: Sequence[str], prefix: str) -> str | None:

@@ -1,12 +1,12 @@
 """What a kind of layer tells a tap: which shapes stand beside its kernel, and how its statistics are computed."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jax import Array
 
 from eva_optax._probes.probe import Shape
 
-ROWS = "rows="
+ROWS, SKIP_PADDING = "rows=", "skip_padding"
 
 
 class Moments(NamedTuple):
@@ -16,22 +16,26 @@ class Moments(NamedTuple):
       sharing: "expand", each position is a row; "reduce", the mean of a sample's inputs and the sum of its cotangents
         are one row.
       rows: about so many rows are looked at; None for all, for sketches 512.
+      skip_padding: whether rows whose cotangents are all zero do not count.
     """
 
     sharing: str = "expand"
     rows: int | None = None
+    skip_padding: bool = False
 
     @classmethod
     def of(cls, leaf: str) -> "Moments":
         """Reads the name of a leaf."""
         words = leaf.split(",")[1:]
         rows = next((int(word.removeprefix(ROWS)) for word in words if word.startswith(ROWS)), None)
-        return cls("reduce" if "reduce" in words else "expand", rows)
+        return cls("reduce" if "reduce" in words else "expand", rows, SKIP_PADDING in words)
 
     def name(self, statistic: str) -> str:
         """The name of the leaf of a statistic."""
-        rows = () if self.rows is None else (f"{ROWS}{self.rows}",)
-        return ",".join([statistic, *(() if self.sharing == "expand" else (self.sharing,)), *rows])
+        words = [statistic]
+        words += [] if self.sharing == "expand" else [self.sharing]
+        words += [] if self.rows is None else [f"{ROWS}{self.rows}"]
+        return ",".join([*words, SKIP_PADDING] if self.skip_padding else words)
 
 
 def statistic_of(leaf: str) -> str:
@@ -91,4 +95,13 @@ class LinearMap(KernelShapes, Protocol):
 
     def output_moment(self, dy: Array, moments: Moments) -> Array:
         """B: samples · dYᵀdY, with the rows of dY the cotangents of the layer's output."""
+        ...
+
+
+@runtime_checkable
+class PairsRows(Protocol):
+    """A layer whose rows of inputs have rows of cotangents of their own, so that padding is known by these."""
+
+    def without_padding(self, x: Array, dy: Array, sharing: str) -> Array:
+        """The input, weighted so that rows whose cotangents are zero do not count in its second moment."""
         ...

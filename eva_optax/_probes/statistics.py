@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jax import Array
 
-from eva_optax._probes.linear_map import KernelShapes, LinearMap, Moments
+from eva_optax._probes.linear_map import KernelShapes, LinearMap, Moments, PairsRows
 from eva_optax._probes.probe import Shape
 
 SKETCH_ROWS = 512  # running averages see other rows at each step
@@ -17,8 +17,8 @@ class Statistic(NamedTuple):
 
     Attributes:
       of_input: whether it is made from the layer's input, else from the cotangent of its output.
-      compute: makes it from a linear map, that array, the shape of the leaf, what its name says, and for cotangents
-        from the input too where the tap keeps it.
+      compute: makes it from a linear map, that array, the shape of the leaf, what its name says, and where both
+        are looked at from the other array too.
       shape: its shape beside a kernel, from the rank of sketches.
     """
 
@@ -70,12 +70,18 @@ def outputs_of(shapes: KernelShapes) -> int:
     return math.prod(o // i for i, o in zip(*shapes.probe_shapes, strict=True) if o > 1)
 
 
+def _input_moment_of(linear_map: LinearMap, x: Array, _: Shape, moments: Moments, dy: Array | None = None) -> Array:
+    if dy is not None and isinstance(linear_map, PairsRows):
+        x = linear_map.without_padding(x, dy, moments.sharing)
+    return linear_map.input_moment(x, moments)
+
+
 STATISTICS = {
     "a": Statistic(True, lambda layer, x, *_: layer.mean_input(x), lambda shapes, _: shapes.probe_shapes[0]),
     "b": Statistic(False, lambda layer, dy, *_: layer.sum_cotangent(dy), lambda shapes, _: shapes.probe_shapes[1]),
     "y": Statistic(True, _sketch_of, _sketch_shape),
     "s": Statistic(True, _mean_square_of, _trace_shape),
-    "A": Statistic(True, lambda layer, x, _, moments: layer.input_moment(x, moments), _input_moment_shape),
+    "A": Statistic(True, _input_moment_of, _input_moment_shape),
     "B": Statistic(False, lambda layer, dy, _, *others: layer.output_moment(dy, *others), _output_moment_shape),
     "D": Statistic(True, lambda layer, x, *_: layer.mean_input(x), lambda shapes, _: shapes.probe_shapes[0]),
 }

@@ -30,7 +30,7 @@ from eva_optax._probes.linear_map import LinearMap, Moments, statistic_of
 from eva_optax._probes.placement import cast_like, vary, varying_axes
 from eva_optax._probes.probe import CHECK_UNITS, COUNTER, Probe, unit_of
 from eva_optax._probes.rounding_noise import noise_bound, share_of_noise
-from eva_optax._probes.statistics import FACTORS, SKETCH, STATISTICS
+from eva_optax._probes.statistics import FACTORS, INPUTS, SKETCH, STATISTICS
 from eva_optax._probes.switch import forms_factors
 
 
@@ -73,8 +73,13 @@ def _is_moment(name: str) -> bool:
     return statistic_of(name) in (*FACTORS, *SKETCH)
 
 
+def _is_of_both(name: str) -> bool:
+    """Whether it is a moment of inputs that looks at cotangents."""
+    return statistic_of(name) == INPUTS and Moments.of(name).skip_padding
+
+
 def _is_of_input(name: str) -> bool:
-    return name != COUNTER and STATISTICS[statistic_of(name)].of_input
+    return name != COUNTER and STATISTICS[statistic_of(name)].of_input and not _is_of_both(name)
 
 
 def _statistic(
@@ -130,7 +135,7 @@ def _differentiate_tap(primals: Sequence[Any], tangents: Sequence[Any], **params
             # With a bias the homogeneous input (a, 1) is never noise.
             if name == "a" and not has_bias and jnp.issubdtype(x.dtype, jnp.floating):
                 bounds.append(noise_bound(x, value, unit * share, mean=True))
-        return [*statistics, *bounds, *([x] if params["keeps_input"] else [])]
+        return [*statistics, *bounds, *([x] if params["keeps_input"] or any(map(_is_of_both, names)) else [])]
 
     sizes = y.shape[: len(levels)]
     of_input = _mapped(statistics_of_input, levels, sizes[::-1])(x)
@@ -175,7 +180,7 @@ def _transpose_collect(
     def all_statistics(dy: Array, of_input: tuple[Array, ...]) -> list[Array]:
         known = list(filter(_is_of_input, names))
         unit, bounds, x = unit_of(leaves[COUNTER].dtype), of_input[len(known) :], ()
-        if keeps_input:
+        if keeps_input or any(map(_is_of_both, names)):
             bounds, x = bounds[:-1], bounds[-1:]
         found = dict(zip(known, of_input[: len(known)], strict=True))
         numbers: list[Any] = [np.array([unit, CHECK_UNITS[unit]] if bounds else [unit, CHECK_UNITS[unit], 0]), *bounds]
@@ -183,7 +188,8 @@ def _transpose_collect(
         for name in names:
             if name in found or name == COUNTER:
                 continue
-            value = _statistic(linear_map, name, [dy, *x], leaves[name].shape[level_count:], *flags)
+            arrays = [*x, dy] if _is_of_both(name) else [dy, *(x if keeps_input else ())]
+            value = _statistic(linear_map, name, arrays, leaves[name].shape[level_count:], *flags)
             found[name] = value * unit
             if name == "b":
                 bound = noise_bound(dy, value, unit * share_of_noise(counter), mean=False)

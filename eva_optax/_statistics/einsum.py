@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from eva_optax._probes.directions import directions
 from eva_optax._probes.linear_map import Moments
 from eva_optax._probes.probe import accumulator
-from eva_optax._statistics.moments import input_moment, output_moment, some_positions
+from eva_optax._statistics.moments import input_moment, output_moment, some_positions, weights_without_padding
 from eva_optax._statistics.sketches import thin
 
 
@@ -122,6 +122,18 @@ class Contraction:
         axis = self.last_input_axis
         assert axis is not None
         return output_moment(self._by_position(dy, self.y), self.probe_shapes, axis, moments)
+
+    def without_padding(self, x: Array, dy: Array, sharing: str) -> Array:
+        if not self.positions:
+            return x
+        valid = jnp.any(dy != 0, tuple(axis for axis, c in enumerate(self.y) if c not in self.positions))
+        kept = [c for c in self.y if c in self.positions]
+        valid = jnp.transpose(valid, [kept.index(c) for c in self.positions])
+        weights = weights_without_padding(valid, sharing, accumulator(x.dtype))
+        order = sorted(self.positions, key=self.x.index)
+        weights = jnp.transpose(weights, [self.positions.index(c) for c in order])
+        sizes = [size if c in self.positions else 1 for c, size in zip(self.x, x.shape, strict=True)]
+        return x * weights.reshape(sizes)
 
     def _by_position(self, array: Array, letters: str) -> Array:
         """Input or output as (samples, positions, *kernel), 1 where the kernel has what the array lacks."""

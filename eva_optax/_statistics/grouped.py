@@ -80,6 +80,10 @@ class GroupedContraction:
         moment = self.split.output_moment(_split(dy, self.y_axes), moments)
         return moment.reshape(self._merged(moment.shape))
 
+    def without_padding(self, x: Array, dy: Array, sharing: str) -> Array:
+        split = self.split.without_padding(_split(x, self.x_axes), _split(dy, self.y_axes), sharing)
+        return split.reshape(x.shape)
+
     def _merged(self, shape: Shape) -> Shape:
         return _merge(shape, self.kernel_axes)
 

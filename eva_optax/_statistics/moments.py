@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
+from jax.typing import DTypeLike
 
 from eva_optax._probes.linear_map import Moments
 from eva_optax._probes.probe import Shape, accumulator
@@ -43,10 +44,28 @@ def output_moment(rows: Array, shapes: tuple[Shape, Shape], axis: int, moments: 
     if moments.sharing == "reduce":
         rows = jnp.sum(rows.astype(accumulator(rows.dtype)), 1, keepdims=True)
     samples, positions = rows.shape[:2]
+    if moments.skip_padding:
+        samples = jnp.sum(jnp.any(rows != 0, tuple(range(1, rows.ndim))))
     if moments.rows is not None:
         rows = some_positions(rows, moments.rows)
     a, b = shapes
     return _moment(rows, b, a, axis) * (samples * positions / rows.shape[1])
+
+
+def weights_without_padding(valid: Array, sharing: str, dtype: DTypeLike) -> Array:
+    """What inputs are multiplied by, so that their second moment is that of the valid rows alone.
+
+    Args:
+      valid: which rows are, (samples, *positions).
+      sharing: with "reduce" the mean over a sample is that of its valid positions.
+      dtype: of the result.
+    """
+    shares = valid.astype(dtype)
+    if sharing == "reduce":
+        axes = tuple(range(1, valid.ndim))
+        shares = shares / jnp.maximum(jnp.mean(shares, axes, keepdims=True), 1 / shares[0].size)
+        valid = jnp.any(valid, axes)
+    return shares / jnp.sqrt(jnp.maximum(jnp.mean(valid, dtype=dtype), 1 / valid.size))
 
 
 def some_positions(rows: Array, most: int) -> Array:

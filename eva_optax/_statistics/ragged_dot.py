@@ -73,7 +73,8 @@ class _Rows(Contraction):
 
     def output_moment(self, dy: Array, moments: Moments, group_sizes: Array | None = None) -> Array:
         assert group_sizes is not None
-        return _moments(dy.astype(accumulator(dy.dtype)), group_sizes) * len(dy)
+        samples = jnp.sum(jnp.any(dy != 0, 1)) if moments.skip_padding else len(dy)
+        return _moments(dy.astype(accumulator(dy.dtype)), group_sizes) * samples
 
 
 def parse_ragged_dot(

@@ -60,10 +60,15 @@ class TransposedConvolution:
     def mean_input(self, x: Array) -> Array:
         x = x.reshape(-1, *x.shape[-len(self.strides) - 1 :])
         axes = self.reads(x.shape[1:-1])
+        total = window_sums(x, axes, (1,) * len(axes)) / (x.shape[0] * self._met(axes)[..., None])
+        return total.reshape(self.probe_shapes[0])
+
+    def _met(self, axes: list[Reads]) -> np.ndarray:
+        """How many input positions each offset of the window meets, at least 1."""
         met = np.array(1.0)
         for reads in axes:
             met = met[..., None] * np.array([max(len(positions), 1) for positions in reads])
-        return (window_sums(x, axes, (1,) * len(axes)) / (x.shape[0] * met[..., None])).reshape(self.probe_shapes[0])
+        return met
 
     def sum_cotangent(self, dy: Array) -> Array:
         b = jnp.sum(dy, tuple(range(dy.ndim - 1)), dtype=accumulator(dy.dtype))
@@ -90,14 +95,17 @@ class TransposedConvolution:
     is_lookup = False
 
     def input_moment(self, x: Array, moments: Moments) -> Array:
-        """Of the patches of `sketch`, and counted as they are."""
+        """Of the patches at output positions, each offset so large that a, over what it meets, is their mean.
+
+        Beside a bias the moment of (x, 1) would otherwise have negative eigenvalues.
+        """
         x = images(x, len(self.strides), moments.rows)
         inputs = self._inputs
         found = self._convolve(x, jnp.eye(math.prod(inputs), dtype=x.dtype).reshape(*inputs, -1))
         rows = found.reshape(len(x), -1, *self.probe_shapes[0])
-        ratio = rows.shape[1] / math.prod(x.shape[1:-1])
-        ratio = ratio if moments.sharing == "expand" else ratio**2
-        return ratio * input_moment(rows, self.probe_shapes, self.last_output_axis, moments)
+        scale = rows.shape[1] / self._met(self.reads(x.shape[1:-1]))
+        rows = rows * scale[None, None, ..., None, None].astype(rows.dtype)
+        return input_moment(rows, self.probe_shapes, self.last_output_axis, moments)
 
     def output_moment(self, dy: Array, moments: Moments) -> Array:
         dy = images(dy, len(self.strides), None)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 import eva_optax
 from tests.flax.cases import MODELS, Block, Doubling, Experts, ModelCase, Scanned, SetupStyle
-from tests.helpers import assert_close, by_path, curved, probes, random_like
+from tests.helpers import assert_close, assert_finite, assert_identical, by_path, curved, probes, random_like
 from tests.statistics import brute_force
 
 
@@ -63,6 +63,23 @@ def test_vectors_are_those_of_the_layers_run_one_by_one(case: ModelCase) -> None
     for name in case.unused:
         assert not np.any(found[name].a)
         assert not np.any(found[name].b)
+
+
+@pytest.mark.parametrize("name", ["scan and remat", "experts", "cond to block 0"])
+def test_matrices_leave_gradients_as_they_are_and_make_a_step_of_kfac(name: str) -> None:
+    (case,) = (case for case in MODELS if case.name == name)
+    model, tx = eva_optax.tap(case.model, factors="both"), eva_optax.scale_by_kfac()
+    variables = variables_of(case, model)
+    grads = gradients(case, model, variables)
+    plain = gradients(case, case.model, eva_optax.strip(variables))
+    assert_identical(eva_optax.strip(grads), plain)
+    for layer, (a, b) in eva_optax.factors(grads).items():
+        for matrix in (a, b):
+            assert matrix is not None, layer
+            np.testing.assert_allclose(matrix, matrix.mT, rtol=1e-5, atol=1e-6 * float(jnp.abs(matrix).max()))
+    updates, state = jax.jit(lambda grads: tx.update(grads, tx.init(grads)))(grads)
+    assert_finite((updates, state))
+    assert state.skipped == 0
 
 
 X = jnp.asarray(np.random.default_rng(1).normal(0.5, 1, (6, 4)), jnp.float32)

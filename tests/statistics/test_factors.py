@@ -51,6 +51,14 @@ def test_factors_are_the_second_moments_of_inputs_and_cotangents(case):
     if isinstance(case.layer, nn.Embed):
         assert_close(factors.A, np.diag(moments[0]) / rows, 1e-5)
     else:
+        if isinstance(case.layer, nn.ConvTranspose):
+            # Each offset is as large as its mean over what it meets wants it: ones tell how often that is.
+            rows = dy.size // math.prod(case.per_output)
+            (met,) = map(np.diag, second_moments(case, eva_optax.strip(found["params"]), np.ones_like(x), a, b)[0])
+            moments = [moments[0] * (rows / met) * (rows / met)[:, None]]
+            mean = np.ravel(probe["a"])[:, None] / probe["n"].ravel()[0]
+            homogeneous = np.block([[np.asarray(factors.A, np.float64), mean], [mean.T, np.ones((1, 1))]])
+            assert np.linalg.eigvalsh(homogeneous).min() > -1e-5
         assert_close(factors.A.reshape(-1, *moments[0].shape), np.stack(moments) / rows, 1e-5)
     kernel = found["params"][case.kernel].shape
     per_position = cotangent_rows(case, dy, b)
@@ -250,6 +258,33 @@ def test_some_rows_are_those_of_every_so_many_positions():
     assert_close(found.B, 4 * b, 1e-5)
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_padding_does_not_count_on_request(sharing):
+    """Of a dense layer neither in A nor in B, of a convolution not in B; what it holds does not matter."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(0.5, 1, (4, 6, 3)).astype(np.float32)
+    real = np.arange(6) < np.array([4, 6, 0, 1])[:, None]  # of the third sample nothing
+    x[~real] = 100
+    padded = [np.float64(row[valid]) for row, valid in zip(x, real, strict=True) if valid.any()]
+    for layer in (nn.Dense(2), nn.Conv(2, (1,))):
+        model = eva_optax.tap(layer, factors="both", sharing=sharing, skip_padding=True)
+        params = model.init(jax.random.key(0), x)["params"]
+
+        def loss(params, added, model=model):
+            with eva_optax.tapping(factors=jnp.array(True)):
+                return jnp.sum(jnp.sin(model.apply({"params": params}, x) + added), where=real[..., None])
+
+        grads, dy = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.zeros((4, 6, 2)))
+        found, dy = eva_optax.factors(grads)[""], np.asarray(dy, np.float64)
+        rows = np.concatenate(padded) if sharing == "expand" else np.stack([row.mean(0) for row in padded])
+        if isinstance(layer, nn.Dense):
+            assert_close(found.A, rows.T @ rows / len(rows), 1e-5)
+        else:
+            assert found.A.max() > 1000
+        written = dy.reshape(-1, 2) if sharing == "expand" else dy.sum(1)
+        assert_close(found.B, 3 * written.T @ written, 1e-5)
+
+
 def test_nnx_layers_collect_the_same_factors():
     """A linear layer and a stacked one; and half precision, whose products are exact."""
     x = np.random.default_rng(0).normal(0.5, 1, (6, 4)).astype(np.float32)
@@ -340,6 +375,8 @@ def test_kernels_of_one_gradient_and_probes_of_another(net):
         ({"factors": "input", "max_dim": 0}, "max_dim must be a positive integer, got 0"),
         ({"factors": "input", "sharing": "mean"}, "sharing must be"),
         ({"factors": "input", "factor_rows": 4, "sharing": "reduce"}, "factor_rows=4 looks at some"),
+        ({"skip_padding": True}, "skip_padding=True says which rows count"),
+        ({"factors": "input", "factor_rows": 4, "skip_padding": True}, "leave out factor_rows"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
