@@ -28,7 +28,7 @@ gc.set_threshold(50_000, 50, 50)  # tracing makes much that lives long: looking 
 
 # Few examples, the same in every run: each one compiles. `pytest --hypothesis-profile=thorough` looks for new ones.
 _PHASES = [phase for phase in Phase if phase is not Phase.explain]
-settings.register_profile("quick", deadline=None, derandomize=True, max_examples=6, phases=_PHASES)
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=5, phases=_PHASES)
 settings.register_profile("thorough", deadline=None, max_examples=300, phases=_PHASES)
 settings.load_profile("quick")
 

@@ -141,7 +141,7 @@ def check(tree, rank: int, tokens: bool, seed: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=6, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking compiles hundreds of models
+@settings(max_examples=4, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking compiles hundreds of models
 @given(tree=trees, rank=st.integers(1, 2), tokens=st.booleans(), seed=st.integers(0, 2**16))
 def test_random_module_trees_keep_every_promise(tree, rank, tokens, seed):
     check(tree, rank, tokens, seed)

@@ -49,6 +49,8 @@ class Summary:
         if self.fewer_steps > 0:
             steps += f", {self.fewer_steps:.2f}×"
             seconds = f"{_median(self.steps) * self.seconds:.2g}, {self.less_time:.2f}×"
+        if math.isnan(self.seconds):  # not timed yet
+            return name, f"{self.rate:.2g}", *losses, "", steps, ""
         return name, f"{self.rate:.2g}", *losses, f"{1000 * self.seconds:.2f}", steps, seconds
 
 

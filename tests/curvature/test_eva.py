@@ -87,7 +87,7 @@ def test_rounding_noise_is_recognised_in_the_order_of_a_gpu(as_on_a_gpu: None):
     assert np.all(after.b)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=9, deadline=None)
 @given(
     inputs=st.lists(st.integers(1, 4), min_size=1, max_size=2),
     outputs=st.lists(st.integers(1, 4), min_size=1, max_size=2),

@@ -24,8 +24,8 @@ CONVOLUTIONS = [case for case in LAYERS if isinstance(case.layer, nn.Conv | nn.C
 
 
 @lru_cache(maxsize=len(LAYERS))
-def compiled(case: LayerCase) -> tuple[Any, Any]:
-    """Random parameters of the layer, and its gradient as a compiled function."""
+def compiled(case: LayerCase) -> tuple[Any, Any, tuple[int, ...]]:
+    """Random parameters of the layer, its gradient as a compiled function, and the shape of its output."""
     model = eva_optax.tap(case.layer, embeddings=True)
     x = jnp.asarray(case.inputs(case.x))
     params = random_like(jax.eval_shape(lambda: model.init(jax.random.key(0), x, **case.call))["params"])
@@ -38,17 +38,17 @@ def compiled(case: LayerCase) -> tuple[Any, Any]:
 
         return jax.grad(loss, (0, 1))(params, added)
 
-    return params, gradient
+    y = jax.eval_shape(lambda: case.layer.apply({"params": params}, x, **case.call))
+    return params, gradient, y.shape
 
 
 def gradients(case: LayerCase, x: np.ndarray, *, equal_cotangents: bool = False) -> tuple[Any, Any]:
     """The gradients of the parameters and of a zero added to the output, one for each entry of b."""
-    params, gradient = compiled(case)
-    y = jax.eval_shape(lambda: case.layer.apply({"params": params}, jnp.asarray(x), **case.call))
-    shape = case.per_output if equal_cotangents else y.shape
+    _, gradient, y = compiled(case)
+    shape = case.per_output if equal_cotangents else y
     weights = np.random.default_rng(2).normal(0.3, 1, shape).astype(np.float32)
     added = np.zeros(case.per_output, np.float32)
-    return gradient(added, x, np.broadcast_to(weights, y.shape), 0.0 if equal_cotangents else 1.0)
+    return gradient(added, x, np.broadcast_to(weights, y), 0.0 if equal_cotangents else 1.0)
 
 
 def only_vectors(grads: Any) -> eva_optax.KroneckerVectors:

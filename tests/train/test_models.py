@@ -72,7 +72,17 @@ def test_each_model_takes_steps_on_digits(name):
     assert all(np.isfinite(float(value)) for value in sums.values())
 
 
-@pytest.mark.parametrize("name", [name for name in optimizers.OPTIMIZERS if name != "eva_adamw"])
+QUICK = {"sgd", "shampoo", "kfac", "eva_muon"}  # each has a tap, a momentum or a period of another kind
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in optimizers.OPTIMIZERS
+        if name != "eva_adamw"
+    ],
+)
 def test_each_optimizer_takes_steps(name):
     """Those around Muon on the decoder, whose kernels are stacked."""
     task = "text-decoder" if "muon" in name else "mnist-autoencoder"

@@ -147,7 +147,7 @@ def test_rates_share_the_program_of_a_step():
     np.testing.assert_allclose(kernels[1], 2 * kernels[0], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["eva_sgd", "eva_adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("eva_sgd", marks=pytest.mark.slow), "eva_adamw"])
 def test_accumulation_equals_the_large_batch(optimizer):
     states = []
     for parts in ("1", "4"):
