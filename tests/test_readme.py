@@ -76,7 +76,7 @@ def test_the_readme_is_short() -> None:
 
 def test_figures_of_the_readme_are_those_of_the_benchmark() -> None:
     measured = (DOCS / "convergence.md").read_text()
-    tasks = ("autoencoder_relu", "autoencoder", "autoencoder_sum", "cnn", "cnn_batchnorm")
+    tasks = ("autoencoder_relu", "autoencoder", "autoencoder_sum", "cnn", "cnn_batchnorm", "lm_200", "diabetes")
     table = README[README.index("## What it costs") :]
     for label, name in (("`eva_adamw`, rank 16", "eva_adamw@16"), ("`eva_adamw`, one direction", "eva_adamw")):
         row, seconds = table[table.index(f"| {label} |") :].splitlines()[:2]
