@@ -33,7 +33,7 @@ settings.register_profile("thorough", deadline=None, max_examples=300, phases=_P
 settings.load_profile("quick")
 
 
-MOST_BYTES = 13 * 10**8
+MOST_BYTES = 15 * 10**8
 
 
 @pytest.fixture(autouse=True)
