@@ -41,17 +41,16 @@ class Summary:
         self.lower_validation = _median(base.validation for _, base in pairs) / _median(self.validation)
 
     def row(self, name: str) -> tuple[str, ...]:
-        timed = f"{self.same_time:.4g}".replace("inf", "∞").replace("nan", "–")
-        losses = _with_range(self.train, ".4g"), timed, _with_range(self.validation, ".4g")
+        later = f"{self.same_time:.4g}".replace("inf", "∞").replace("nan", "–")
+        losses = _with_range(self.train, ".4g"), later, _with_range(self.validation, ".4g")
+        timed = f"{1000 * self.seconds:.2f}".replace("nan", "")  # nothing as long as it has not been timed
         steps = seconds = "–"
         if any(map(math.isfinite, self.steps)):
             steps = _with_range(self.steps, ".0f")
         if self.fewer_steps > 0:
             steps += f", {self.fewer_steps:.2f}×"
-            seconds = f"{_median(self.steps) * self.seconds:.2g}, {self.less_time:.2f}×"
-        if math.isnan(self.seconds):  # not timed yet
-            return name, f"{self.rate:.2g}", *losses, "", steps, ""
-        return name, f"{self.rate:.2g}", *losses, f"{1000 * self.seconds:.2f}", steps, seconds
+            seconds = timed and f"{_median(self.steps) * self.seconds:.2g}, {self.less_time:.2f}×"
+        return name, f"{self.rate:.2g}", *losses, timed, steps, seconds
 
 
 def _median(values: Iterable[float]) -> float:
