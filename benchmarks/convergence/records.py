@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common.results import append_row, read_rows
+from benchmarks.common.results import Row, append_row, read_rows
 from benchmarks.convergence.training import Run
 
 
@@ -17,8 +17,14 @@ class Key(NamedTuple):
     seed: int
 
 
-COLUMNS = (*Key._fields, "steps", "train_loss", "validation_loss", "curve")
+COLUMNS = (*Key._fields, "steps", "train_loss", "validation_loss", "curve", "validation_curve")
+KINDS = ("curve", "train_loss"), ("validation_curve", "validation_loss")
 TIMES = ("task", "optimizer", "seconds", "baseline_seconds")
+
+
+def _losses(row: Row, curve: str, final: str) -> list[float]:
+    """A curve, or the final loss alone where there is none."""
+    return [float(loss) for loss in row[curve].split()] or [float(row[final])]
 
 
 class Records:
@@ -29,16 +35,15 @@ class Records:
         self.times: dict[tuple[str, str], tuple[float, float]] = {}
         self._runs, self._times = directory / "convergence.csv", directory / "step_times.csv"
         for row in read_rows(self._runs, Key._fields).values():
-            curve = [float(loss) for loss in row["curve"].split()] or [float(row["train_loss"])]
-            self.runs[Key(row["task"], row["optimizer"], row["role"], row["rate"], int(row["seed"]))] = Run(
-                int(row["steps"]), curve, float(row["validation_loss"])
-            )
+            key = Key(row["task"], row["optimizer"], row["role"], row["rate"], int(row["seed"]))
+            self.runs[key] = Run(int(row["steps"]), *(_losses(row, *kind) for kind in KINDS))
         for (task, optimizer), row in read_rows(self._times, TIMES[:2]).items():
             self.times[task, optimizer] = float(row["seconds"]), float(row["baseline_seconds"])
 
     def add_run(self, key: Key, run: Run) -> None:
-        curve = " ".join(f"{loss:.5g}" for loss in run.curve) if key.role == "test" else ""
-        append_row(self._runs, COLUMNS, (*key, run.steps, f"{run.final:.6g}", f"{run.validation:.6g}", curve))
+        finals = f"{run.final:.6g}", f"{run.validation[-1]:.6g}"
+        curves = (" ".join(f"{loss:.5g}" for loss in curve) if key.role == "test" else "" for curve in run[1:])
+        append_row(self._runs, COLUMNS, (*key, run.steps, *finals, *curves))
         self.runs[key] = run
 
     def add_time(self, task: str, optimizer: str, seconds: float, baseline_seconds: float) -> None:

@@ -13,7 +13,7 @@ from benchmarks.convergence.optimizers import BASELINES, OPTIMIZERS, Optimizer
 from benchmarks.convergence.records import Records
 from benchmarks.convergence.tasks import TASKS
 
-LOSSES = ("train loss", "after as many seconds", "valid. loss")
+LOSSES = ("train loss", "after as many seconds", "valid. loss", "best valid. loss")
 HEADER = ("optimizer", "rate", *LOSSES, "ms per step", "steps to loss", "seconds to loss")
 
 
@@ -28,7 +28,14 @@ class Summary:
         runs, baseline = records.tests(task, optimizer.name), records.tests(task, optimizer.baseline)
         pairs = [(runs[seed], baseline[seed]) for seed in sorted(runs.keys() & baseline.keys())]
         self.rate = records.tested_rate(task, optimizer.name)
-        self.train, self.validation = [run.final for run, _ in pairs], [run.validation for run, _ in pairs]
+        self.train, self.validation = [run.final for run, _ in pairs], [run.validation[-1] for run, _ in pairs]
+        followed = [(run, base) for run, base in pairs if min(len(run.validation), len(base.validation)) > 1]
+        self.best_validation = _median(min(run.validation) for run, _ in followed)
+        self.fewer_to_validation = _median(
+            base.steps_to_validation(best) / run.steps_to_validation(best)
+            for run, base, best in ((run, base, min(base.validation)) for run, base in followed)
+            if math.isfinite(best)
+        )
         # A seed on which the baseline itself diverged says nothing about the steps to its loss.
         reached = [(run.steps_to(base.final), base.steps_to(base.final)) for run, base in pairs]
         self.steps = [steps for steps, own in reached if math.isfinite(own)]
@@ -38,11 +45,15 @@ class Summary:
         self.less_time = self.fewer_steps / self.dearer
         self.same_time = _median(run.loss_at(base.steps / self.dearer) for run, base in pairs)
         self.lower_train = _median(base.final for _, base in pairs) / _median(self.train)
-        self.lower_validation = _median(base.validation for _, base in pairs) / _median(self.validation)
+        self.lower_validation = _median(base.validation[-1] for _, base in pairs) / _median(self.validation)
 
     def row(self, name: str) -> tuple[str, ...]:
         later = f"{self.same_time:.4g}".replace("inf", "∞").replace("nan", "–")
-        losses = _with_range(self.train, ".4g"), later, _with_range(self.validation, ".4g")
+        best = ""  # nothing where the validation loss has not been followed
+        if not math.isnan(self.best_validation):
+            sooner = f"{self.fewer_to_validation:.2f}×" if self.fewer_to_validation > 0 else "–"
+            best = f"{self.best_validation:.4g}, {sooner}"
+        losses = _with_range(self.train, ".4g"), later, _with_range(self.validation, ".4g"), best
         timed = f"{1000 * self.seconds:.2f}".replace("nan", "")  # nothing as long as it has not been timed
         steps = seconds = "–"
         if any(map(math.isfinite, self.steps)):

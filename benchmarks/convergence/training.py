@@ -24,11 +24,11 @@ POINTS = 25  # evaluations of a run, the last one after its last step
 
 
 class Run(NamedTuple):
-    """The training loss after each of the equal parts of a run, and the validation loss at its end."""
+    """The training and the validation loss after each of the equal parts of a run; of some, the last one alone."""
 
     steps: int
     curve: list[float]
-    validation: float
+    validation: list[float]
 
     @property
     def final(self) -> float:
@@ -36,10 +36,17 @@ class Run(NamedTuple):
 
     def steps_to(self, loss: float) -> float:
         """The first step at which the training loss is down to `loss`, interpolated linearly; infinity if none."""
-        for index, (before, here) in enumerate(pairwise([math.inf, *self.curve])):
+        return self._steps(self.curve, loss)
+
+    def steps_to_validation(self, loss: float) -> float:
+        """The first step at which the validation loss is down to `loss`, likewise."""
+        return self._steps(self.validation, loss)
+
+    def _steps(self, curve: list[float], loss: float) -> float:
+        for index, (before, here) in enumerate(pairwise([math.inf, *curve])):
             if here <= loss < math.inf:
                 share = 1 if math.isinf(before) else (before - loss) / (before - here)
-                return (index + share) * self.steps / len(self.curve)
+                return (index + share) * self.steps / len(curve)
         return math.inf
 
     def loss_at(self, steps: float) -> float:
@@ -97,7 +104,7 @@ def train(task: Task, optimizer: Optimizer, rate: float, seed: int, steps: int) 
     # Evaluated on the device's copies, taken once.
     train_part, validation_part = ([jnp.asarray(part[: task.evaluated]) for part in split] for split in data)
     arguments = jnp.float32(rate), jnp.float32(steps)
-    carry, curve = start(task, optimizer, seed), []
+    carry, curve, validation = start(task, optimizer, seed), [], []
 
     def loss(inputs: Array, targets: Array) -> float:
         return float(evaluate(eva_optax.strip(carry[0]), carry[2], inputs, targets))
@@ -106,9 +113,11 @@ def train(task: Task, optimizer: Optimizer, rate: float, seed: int, steps: int) 
         for batch in chunk:
             carry = step(carry, *arguments, data.train.inputs[batch], data.train.targets[batch])
         curve.append(loss(*train_part))
+        validation.append(loss(*validation_part))
         if not math.isfinite(curve[-1]):
-            return Run(steps, curve[:-1] + [math.inf] * (POINTS - len(curve) + 1), math.inf)
-    return Run(steps, curve, loss(*validation_part))
+            rest = [math.inf] * (POINTS - len(curve) + 1)
+            return Run(steps, curve[:-1] + rest, validation[:-1] + rest)
+    return Run(steps, curve, validation)
 
 
 def time_steps(task: Task, optimizers: Mapping[str, Optimizer], rounds: int = 10) -> dict[str, float]:

@@ -33,14 +33,15 @@ def test_a_rate_that_diverges_is_never_the_best(bad):
 
 
 def test_steps_to_a_loss_are_interpolated():
-    run = Run(40, [8.0, 4.0, 5.0, 1.0], 0.0)
+    run = Run(40, [8.0, 4.0, 5.0, 1.0], [9.0, 7.0])
     wanted = {9.0: 10, 8.0: 10, 6.0: 15, 4.0: 20, 3.0: 35, 1.0: 40, 0.9: math.inf}
     assert {loss: run.steps_to(loss) for loss in wanted} == wanted
-    assert Run(40, [math.inf] * 4, math.inf).steps_to(1.0) == math.inf
+    assert run.steps_to_validation(8.0) == 30
+    assert Run(40, [math.inf] * 4, [math.inf] * 4).steps_to(1.0) == math.inf
 
 
 def test_a_loss_is_interpolated_between_evaluations():
-    run = Run(40, [8.0, 4.0, 5.0, 1.0], 0.0)
+    run = Run(40, [8.0, 4.0, 5.0, 1.0], [0.0])
     assert [run.loss_at(steps) for steps in (5, 10, 15, 35, 40, 90)] == [8.0, 8.0, 6.0, 3.0, 1.0, 1.0]
 
 
@@ -49,7 +50,7 @@ def test_what_is_on_record_is_not_repeated(tmp_path, monkeypatch):
 
     def fake(task, optimizer, rate, seed, steps):
         calls.append((rate, seed))
-        return Run(steps, [2.0, math.inf if rate > 0.3 else 1 + abs(math.log(rate / 0.1))], 3.0)
+        return Run(steps, [2.0, math.inf if rate > 0.3 else 1 + abs(math.log(rate / 0.1))], [3.0])
 
     monkeypatch.setattr(tuning, "train", fake)
     for attempt in range(2):
@@ -77,22 +78,26 @@ def test_the_schedule_warms_up_and_ends_at_zero():
 def test_figures_are_against_the_baseline_on_the_same_seed(tmp_path):
     records = Records(tmp_path)
     for seed, end in ((1, 1.0), (2, 2.0), (3, 3.0)):
-        records.add_run(Key("cnn", "sgd", "test", "0.1", seed), Run(40, [9.0, 8.0, 7.0, end], 4.0))
-        records.add_run(Key("cnn", "eva", "test", "0.2", seed), Run(40, [9.0, end, end / 2, end / 4], 5.0))
-        records.add_run(Key("cnn", "eva_f", "test", "0.2", seed), Run(40, [9.0, 9.0, 9.0, 9.0], 4.0))
-    records.add_run(Key("cnn", "sgd", "test", "0.1", 4), Run(40, [math.inf] * 4, math.inf))  # says nothing
-    records.add_run(Key("cnn", "eva", "test", "0.2", 4), Run(40, [1.0] * 4, 5.0))
+        records.add_run(Key("cnn", "sgd", "test", "0.1", seed), Run(40, [9.0, 8.0, 7.0, end], [9.0, 3.0, 3.5, 4.0]))
+        records.add_run(Key("cnn", "eva", "test", "0.2", seed), Run(40, [9.0, end, end / 2, end / 4], [2, 2, 2, 5.0]))
+        records.add_run(Key("cnn", "eva_f", "test", "0.2", seed), Run(40, [9.0, 9.0, 9.0, 9.0], [4.0] * 4))
+        records.add_run(Key("cnn", "eva_s", "test", "0.2", seed), Run(40, [9.0, 9.0, 9.0, 9.0], [4.0]))
+    # It says nothing that the baseline diverged:
+    records.add_run(Key("cnn", "sgd", "test", "0.1", 4), Run(40, [math.inf] * 4, [math.inf] * 4))
+    records.add_run(Key("cnn", "eva", "test", "0.2", 4), Run(40, [1.0] * 4, [5.0] * 4))
     records.add_time("cnn", "sgd", 0.01, 0.01)
     records.add_time("cnn", "eva", 0.02, 0.01)
     found = report.summaries(Records(tmp_path))
     eva = found["cnn", "eva"]
     assert (eva.steps, eva.fewer_steps, eva.less_time) == ([20.0] * 3, 2.0, 1.0)
     assert (eva.lower_train, eva.lower_validation) == (4.0, 0.8)
+    assert (eva.best_validation, eva.fewer_to_validation) == (2.0, 2.0)
     assert eva.same_time == 1.5  # after 20 steps, which take as long as 40 of the baseline
     assert found["cnn", "sgd"].fewer_steps == 1.0
     assert found["cnn", "eva_f"].fewer_steps == 0.0
     assert found["cnn", "eva"].row("eva")[-2:] == ("20 (20–20), 2.00×", "0.4, 1.00×")
-    assert eva.row("eva")[3] == "1.5"
+    assert [eva.row("eva")[column] for column in (3, 5)] == ["1.5", "2, 2.00×"]
+    assert [found["cnn", name].row(name)[5] for name in ("eva_f", "eva_s")] == ["4, –", ""]
     assert found["cnn", "eva_f"].row("eva_f")[-2:] == ("–", "–")
 
     page = tmp_path / "convergence.md"
@@ -121,7 +126,8 @@ def test_the_baseline_muon_orthogonalises_every_kernel(name):
 def test_every_optimizer_trains(name):
     run = training.train(TINY, OPTIMIZERS[name], 0.01, seed=1, steps=30)
     assert len(run.curve) == training.POINTS
-    assert math.isfinite(run.validation)
+    assert len(run.validation) == training.POINTS
+    assert math.isfinite(run.validation[-1])
     assert run.final < run.curve[0]
 
 
