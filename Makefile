@@ -48,4 +48,4 @@ $(VENV)/docs: $(VENV)/examples
 	touch $@
 
 clean:
-	rm -rf $(VENV) results site
+	rm -rf $(VENV) .cache results site

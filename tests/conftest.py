@@ -1,4 +1,4 @@
-"""Settings of the tests: eight CPU devices, quick compilation, no rank promotion, float64 where a test asks for it."""
+"""Settings of the tests: eight CPU devices, quick compilation, kept programs, no rank promotion, float64 on request."""
 
 import ctypes
 import gc
@@ -18,6 +18,10 @@ os.environ["XLA_FLAGS"] = (
     + ("--xla_cpu_use_fusion_emitters=false " if version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")) else "")
     + os.environ.get("XLA_FLAGS", "")
 ).strip()
+
+# What one test compiled serves the next, the other worker, and the next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest

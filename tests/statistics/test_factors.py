@@ -286,7 +286,7 @@ def test_padding_does_not_count_on_request(sharing):
 
 
 def test_nnx_layers_collect_the_same_factors():
-    """A linear layer and a stacked one; and half precision, whose products are exact."""
+    """A linear layer, with and without padding; and half precision, whose products are exact."""
     x = np.random.default_rng(0).normal(0.5, 1, (6, 4)).astype(np.float32)
     model = eva_optax.tap(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), factors="both")
 
@@ -298,6 +298,14 @@ def test_nnx_layers_collect_the_same_factors():
     kernel, bias = np.asarray(model.kernel[...]), np.asarray(model.bias[...])
     dy = np.cos(x @ kernel + bias) / len(x)
     for mine, theirs in zip(found, dense_factors(x[:, None], dy[:, None], "expand"), strict=True):
+        assert_close(mine, theirs, 1e-5)
+
+    def loss_of_four(model, x):
+        return jnp.sin(model(x))[:4].sum(-1).mean()
+
+    model = eva_optax.tap(eva_optax.strip(model), factors="both", skip_padding=True)
+    found = eva_optax.factors(nnx.grad(loss_of_four)(model, x))[""]
+    for mine, theirs in zip(found, dense_factors(x[:4, None], 1.5 * dy[:4, None], "expand"), strict=True):
         assert_close(mine, theirs, 1e-5)
 
     half = jnp.asarray(x, jnp.bfloat16)
