@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -98,7 +99,7 @@ def assert_preconditioned(grads: Any, updates: Any, damping: float, tolerance: f
         for at, at_a, at_b in each_layer(given[kernel].shape, a.shape, b.shape):
             part = given[kernel][at].astype(float)
             part_bias = None if beside is None else beside[0][at_b].astype(float)
-            if part_bias is not None and np.any(b[at_b]):
+            if part_bias is not None and np.count_nonzero(b[at_b]):
                 assert_close(b[at_b], part_bias, tolerance, floor=max(1e-3, np.abs(part).max()))
             size = np.sum(b[at_b] ** 2) * (np.sum(a[at_a] ** 2) + (bias is not None))
             if 0 < size < 1e-30:  # below what squares in float32 hold
@@ -117,6 +118,12 @@ def assert_preconditioned(grads: Any, updates: Any, damping: float, tolerance: f
     return changed
 
 
+def canonical(value: Any) -> np.ndarray:
+    """In the dtype that JAX would give it."""
+    value = np.asarray(value)
+    return value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
+
+
 def probe(a: Any, b: Any, counter: tuple[int, ...], calls: float = 1.0) -> dict[str, Any]:
     """The cotangent of a probe after `calls` calls whose mean input is `a` and whose cotangents sum to `b`.
 
@@ -124,7 +131,7 @@ def probe(a: Any, b: Any, counter: tuple[int, ...], calls: float = 1.0) -> dict[
     the numbers.
     """
     # In NumPy: op by op, JAX would compile each of these for each shape.
-    a, b = np.asarray(jnp.asarray(a)), np.asarray(jnp.asarray(b))
+    a, b = canonical(a), canonical(b)
     own = max(axis for axis, size in enumerate(counter) if size == 1)
     numbers = np.array([calls * UNIT, calls * 2.0**-28, 0, 0], a.dtype)
     numbers = numbers.reshape([4 if axis == own else 1 for axis in range(len(counter))])
@@ -135,10 +142,10 @@ def probe(a: Any, b: Any, counter: tuple[int, ...], calls: float = 1.0) -> dict[
 
 def gradients(kernel: Any, bias: Any | None, a: Any, b: Any, counter: tuple[int, ...]) -> dict[str, Any]:
     """The gradient tree of one layer called "layer"."""
-    layer = {"kernel": jnp.asarray(kernel)}
+    layer = {"kernel": jnp.asarray(canonical(kernel))}
     if bias is None:
         return {"layer": layer | {"kronecker": {"kernel": probe(a, b, counter)}}}
-    return {"layer": layer | {"bias": jnp.asarray(bias), "kronecker": {"kernel,bias": probe(a, b, counter)}}}
+    return {"layer": layer | {"bias": jnp.asarray(canonical(bias)), "kronecker": {"kernel,bias": probe(a, b, counter)}}}
 
 
 @dataclass(frozen=True)

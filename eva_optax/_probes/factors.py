@@ -2,14 +2,14 @@
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 
-from eva_optax._probes.layers import Layer, take_apart
-from eva_optax._probes.probe import COUNTER, accumulator, is_probe
+from eva_optax._probes.layers import take_apart
+from eva_optax._probes.layout import Layout
+from eva_optax._probes.probe import Shape, is_probe
 from eva_optax._probes.sketch_axes import SketchAxes
 from eva_optax._probes.statistics import DIAGONAL, INPUTS, OUTPUTS
-from eva_optax._probes.vectors import read_counters
+from eva_optax._probes.vectors import Numbers, read_counters, read_layer
 
 
 class Factors(NamedTuple):
@@ -67,7 +67,7 @@ def factors(grads: Any) -> dict[str, Factors]:
     """
     tree = take_apart(grads)
     found = {
-        layer.name: _of_layer(layer, tree.leaves)
+        layer.name: read_layer(_of_layer, layer, tree.leaves)
         for layer in tree.layers
         if any(name in layer.shapes for name in (INPUTS, OUTPUTS, DIAGONAL))
     }
@@ -79,22 +79,19 @@ def factors(grads: Any) -> dict[str, Factors]:
     return found
 
 
-def _of_layer(layer: Layer, grads: list[Any]) -> Factors:
-    layout, leaves = layer.layout, {name: jnp.asarray(grads[place])[None] for name, place in layer.probe.items()}
-    leaves = {name: leaf.astype(accumulator(leaf.dtype)) for name, leaf in leaves.items()}
-    scales = read_counters(layout.counter_to_kernel_axes(leaves[COUNTER]), {}, (layer.name,))
+def _of_layer(layout: Layout, leaves: dict[str, Array], numbers: Numbers) -> Factors:
+    scales = read_counters(numbers, {}, ())
     a = b = None
     if DIAGONAL in leaves:
         a = (leaves[DIAGONAL] * scales.moment).ravel()
     if INPUTS in leaves:
-        a = _matrices(SketchAxes.of(layout), leaves[INPUTS], layout.a, scales.moment, layer)
+        a = _matrices(SketchAxes.of(layout), leaves[INPUTS], layout, layout.a, scales.moment)
     if OUTPUTS in leaves:
-        b = _matrices(SketchAxes.of_outputs(layout), leaves[OUTPUTS], layout.b, scales.square, layer)
+        b = _matrices(SketchAxes.of_outputs(layout), leaves[OUTPUTS], layout, layout.b, scales.square)
     return Factors(a, b)
 
 
-def _matrices(axes: SketchAxes, leaf: Array, vector: tuple[int, ...], scale: Array, layer: Layer) -> Array:
-    layout = layer.layout
+def _matrices(axes: SketchAxes, leaf: Array, layout: Layout, vector: Shape, scale: Array) -> Array:
     split = leaf.reshape(1, *layout.split_shape(leaf.shape[1:])) * scale
     matrices = axes.to_matrices(axes.unfold(split, layout.split_shape(vector)))
     return matrices.reshape(*axes.sizes(axes.batch), *matrices.shape[1:])

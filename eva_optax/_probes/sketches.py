@@ -7,10 +7,10 @@ from jax import Array
 
 from eva_optax._probes.directions import directions
 from eva_optax._probes.layers import take_apart
-from eva_optax._probes.probe import COUNTER, accumulator
+from eva_optax._probes.layout import Layout
 from eva_optax._probes.sketch_axes import SketchAxes
 from eva_optax._probes.statistics import MOMENT, TRACE
-from eva_optax._probes.vectors import read_counters
+from eva_optax._probes.vectors import Numbers, read_counters, read_layer
 
 
 class Sketch(NamedTuple):
@@ -60,28 +60,26 @@ def sketches(grads: Any) -> dict[str, Sketch]:
       ((3, 2), (3, 2), 3.0)
     """
     tree = take_apart(grads)
-    found = {}
-    for layer in tree.layers:
-        if TRACE not in layer.shapes:
-            continue
-        layout, axes = layer.layout, SketchAxes.of(layer.layout)
-        leaves = {name: jnp.asarray(tree.leaves[place])[None] for name, place in layer.probe.items()}
-        leaves = {name: leaf.astype(accumulator(leaf.dtype)) for name, leaf in leaves.items()}
-        mean = read_counters(layout.counter_to_kernel_axes(leaves[COUNTER]), {}, (layer.name,)).moment
-        trace = (mean * leaves[TRACE].reshape(1, *layout.split_shape(layer.shapes[TRACE]))).reshape(
-            axes.sizes(axes.batch)
-        )
-        omega = jnp.zeros((*axes.sizes(axes.inputs), 0), trace.dtype)
-        moment = jnp.zeros((*axes.sizes(axes.batch + axes.inputs), 0), trace.dtype)
-        if MOMENT in leaves:
-            sketch = mean * leaves[MOMENT].reshape(1, *layout.split_shape(layer.shapes[MOMENT]))
-            matrices = axes.to_matrices(axes.unfold(sketch, layout.split_shape(layout.a)))
-            moment = matrices.reshape(*axes.sizes(axes.batch + axes.inputs), matrices.shape[-1])
-            omega = directions(axes.sizes(axes.inputs), moment.shape[-1], moment.dtype)
-        found[layer.name] = Sketch(moment, omega, trace)
+    found = {layer.name: read_layer(_of_layer, layer, tree.leaves) for layer in tree.layers if TRACE in layer.shapes}
     if not found:
         raise ValueError(
             "eva_optax.sketches: no sketches in the tree. Give it the gradients of the parameters of a model that is "
             "tapped with a rank: model = eva_optax.tap(model, rank=16), then model.init or eva_optax.attach."
         )
     return found
+
+
+def _of_layer(layout: Layout, leaves: dict[str, Array], numbers: Numbers) -> Sketch:
+    axes, mean = SketchAxes.of(layout), read_counters(numbers, {}, ()).moment
+
+    def split(name: str) -> Array:
+        return mean * leaves[name].reshape(1, *layout.split_shape(leaves[name].shape[1:]))
+
+    trace = split(TRACE).reshape(axes.sizes(axes.batch))
+    omega = jnp.zeros((*axes.sizes(axes.inputs), 0), trace.dtype)
+    moment = jnp.zeros((*axes.sizes(axes.batch + axes.inputs), 0), trace.dtype)
+    if MOMENT in leaves:
+        matrices = axes.to_matrices(axes.unfold(split(MOMENT), layout.split_shape(layout.a)))
+        moment = matrices.reshape(*axes.sizes(axes.batch + axes.inputs), matrices.shape[-1])
+        omega = directions(axes.sizes(axes.inputs), moment.shape[-1], moment.dtype)
+    return Sketch(moment, omega, trace)

@@ -1,13 +1,17 @@
 """What the gradients of probes say: counters, and the Kronecker vectors as a user sees them."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from eva_optax._probes.layers import how_to_tap, take_apart
+from eva_optax._probes.layers import Layer, how_to_tap, take_apart
+from eva_optax._probes.layout import Layout
 from eva_optax._probes.probe import CHECK_UNITS, COUNTER, KRONECKER, UNIT, accumulator, find_unit
 from eva_optax._probes.rounding_noise import without_noise
 
@@ -49,13 +53,10 @@ def read_counters(numbers: Sequence[Array], vectors: Mapping[str, Array], names:
       ValueError: if they are no gradients, and the values are known (not under `jit`).
     """
     count, check, *bounds = numbers
+    _refuse_foreign(count, check, names)
+    unit, foreign, _ = _units(count, check)
     used = count != 0
     safe = jnp.where(used, count, 1)
-    ratio = safe / jnp.where(check == 0, 1, check)
-    unit = find_unit(ratio)
-    # Who applies a learning rate, with its sign, is an optimizer.
-    foreign = used & ((unit == 0) | (count < 0))
-    _refuse_foreign(foreign & jnp.isfinite(ratio), count, ratio, names)
     scale = jnp.where(foreign, jnp.nan, 1.0).astype(count.dtype)
     inverse = jnp.where(used, scale / jnp.where(foreign, 1, unit), 0)
     scales = {"a": scale / safe, "b": inverse}
@@ -64,10 +65,26 @@ def read_counters(numbers: Sequence[Array], vectors: Mapping[str, Array], names:
     return Scales(used, scales["a"], scale / safe, scales["b"], inverse)
 
 
-def _refuse_foreign(foreign: Array, count: Array, ratio: Array, names: tuple[str, ...]) -> None:
-    if isinstance(foreign, Tracer) or not foreign.is_fully_addressable or not bool(foreign.any()):
+def _units(count: Array, check: Array) -> tuple[Array, Array, Array]:
+    """The units of counters, whether they are no gradients, and the ratios of their two numbers."""
+    used = count != 0
+    ratio = jnp.where(used, count, 1) / jnp.where(check == 0, 1, check)
+    unit = find_unit(ratio)
+    # Who applies a learning rate, with its sign, is an optimizer.
+    return unit, used & ((unit == 0) | (count < 0)), ratio
+
+
+_compiled_units = jax.jit(_units)
+
+
+def _refuse_foreign(count: Array, check: Array, names: tuple[str, ...]) -> None:
+    if isinstance(count, Tracer) or not count.is_fully_addressable:
         return
-    index = int(jnp.argmax(foreign.ravel()))
+    _, foreign, ratio = map(np.asarray, _compiled_units(count, check))
+    foreign = foreign & np.isfinite(ratio)
+    if not foreign.any():
+        return
+    index = int(np.argmax(foreign.ravel()))
     name = names[index * len(names) // ratio.size]
     cause = (
         f"its counters have the ratio {float(ratio.ravel()[index]):.7g}, a gradient has {UNIT / CHECK_UNITS[UNIT]:.7g}."
@@ -83,6 +100,32 @@ def _refuse_foreign(foreign: Array, count: Array, ratio: Array, names: tuple[str
         "Put Eva first: optax.chain(eva_optax.scale_by_eva(), optax.adam(1e-3)). Before it only linear operations make "
         "sense: averages, clip_by_global_norm, weight decay."
     )
+
+
+Found = TypeVar("Found")
+Numbers = list[Array]
+
+
+def read_layer(read: Callable[[Layout, dict[str, Array], Numbers], Found], layer: Layer, grads: list[Any]) -> Found:
+    """What `read` makes of a layer's probe, from its layout, the probe's leaves and its counter's numbers.
+
+    Compiled once for all layers of a layout: op by op, each of some dozens of operations would be compiled for itself.
+    Leaves and numbers are stacked, as those of one layer, at a new first axis.
+
+    Raises:
+      ValueError: if they are no gradients, and the values are known (not under `jit`).
+    """
+    leaves = {name: jnp.asarray(grads[place]) for name, place in layer.probe.items()}
+    found, (count, check) = _read_compiled(read, layer.layout, leaves)
+    _refuse_foreign(count, check, (layer.name,))
+    return found
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _read_compiled(read: Any, layout: Layout, leaves: dict[str, Array]) -> tuple[Any, Numbers]:
+    stacked = {name: leaf.astype(accumulator(leaf.dtype))[None] for name, leaf in leaves.items()}
+    numbers = layout.counter_to_kernel_axes(stacked[COUNTER])
+    return read(layout, stacked, numbers), numbers[:2]
 
 
 class KroneckerVectors(NamedTuple):
@@ -135,14 +178,12 @@ def vectors(grads: Any) -> dict[str, KroneckerVectors]:
             "eva_optax.vectors: no probes in the tree. Give it the gradients of a tapped model's parameters. "
             + how_to_tap(grads)
         )
-    found = {}
-    for layer in tree.layers:
-        layout, leaves = layer.layout, {name: jnp.asarray(tree.leaves[place]) for name, place in layer.probe.items()}
-        leaves = {name: leaf.astype(accumulator(leaf.dtype)) for name, leaf in leaves.items()}
-        stacked = {name: layout.split_groups(leaf)[None] for name, leaf in leaves.items() if name != COUNTER}
-        scales = read_counters(layout.counter_to_kernel_axes(leaves[COUNTER][None]), stacked, (layer.name,))
+    return {layer.name: read_layer(_of_layer, layer, tree.leaves) for layer in tree.layers}
 
-        a = layout.merge_groups((stacked["a"] * scales.mean)[0], layout.a)
-        b = layout.merge_groups((stacked["b"] * scales.total)[0], layout.b) if "b" in leaves else None
-        found[layer.name] = KroneckerVectors(layout.repeat_groups(a), b)
-    return found
+
+def _of_layer(layout: Layout, leaves: dict[str, Array], numbers: Numbers) -> KroneckerVectors:
+    pair = {name: layout.split_groups(leaves[name][0])[None] for name in ("a", "b") if name in leaves}
+    scales = read_counters(numbers, pair, ())
+    a = layout.merge_groups((pair["a"] * scales.mean)[0], layout.a)
+    b = layout.merge_groups((pair["b"] * scales.total)[0], layout.b) if "b" in pair else None
+    return KroneckerVectors(layout.repeat_groups(a), b)

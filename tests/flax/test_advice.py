@@ -93,8 +93,8 @@ def test_a_partial_model_trains_what_has_probes_and_goes_with_a_mask():
 
     grads, updates = step(params)
     assert set(eva_optax.vectors(grads)) == {"head"}
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates["backbone"]))
-    assert np.any(updates["head"]["bias"])
+    assert not any(np.count_nonzero(leaf) for leaf in jax.tree.leaves(updates["backbone"]))
+    assert np.count_nonzero(updates["head"]["bias"])
     assert eva_optax.tap(model).partial
     assert not eva_optax.tap(model.module).partial
 

@@ -272,7 +272,7 @@ def test_faults_of_one_layer_leave_its_inverse_and_all_other_layers():
         assert_identical(after.inverses["first"].outputs, state.inverses["first"].outputs)
         assert after.inverses["second"].age == 0
         if name == "unused":
-            assert not np.any(updates["first"]["kernel"])
+            assert not np.count_nonzero(updates["first"]["kernel"])
         else:
             assert_equal(updates, wanted, 1e-6)
     updates, after = update(broken(grads, "first", {"kernel": lambda leaf: leaf.at[0, 0].set(jnp.inf)}), state)
