@@ -119,7 +119,7 @@ def assert_preconditioned(grads: Any, updates: Any, damping: float, tolerance: f
 
 
 def canonical(value: Any) -> np.ndarray:
-    """In the dtype that JAX would give it."""
+    """In the dtype that JAX would give it; by jnp.asarray it is compiled for each shape."""
     value = np.asarray(value)
     return value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
 
@@ -130,22 +130,23 @@ def probe(a: Any, b: Any, counter: tuple[int, ...], calls: float = 1.0) -> dict[
     `counter` has the axes of the bias, or of the kernel without one, all 1 but for stacks; the last 1 becomes
     the numbers.
     """
-    # In NumPy: op by op, JAX would compile each of these for each shape.
     a, b = canonical(a), canonical(b)
     own = max(axis for axis, size in enumerate(counter) if size == 1)
     numbers = np.array([calls * UNIT, calls * 2.0**-28, 0, 0], a.dtype)
     numbers = numbers.reshape([4 if axis == own else 1 for axis in range(len(counter))])
     n = np.broadcast_to(numbers, [4 if axis == own else size for axis, size in enumerate(counter)])
     scales = a.dtype.type(calls * UNIT), b.dtype.type(UNIT)
-    return {"a": jnp.asarray(a * scales[0]), "b": jnp.asarray(b * scales[1]), "n": jnp.asarray(n)}
+    return jax.device_put({"a": a * scales[0], "b": b * scales[1], "n": n})
 
 
 def gradients(kernel: Any, bias: Any | None, a: Any, b: Any, counter: tuple[int, ...]) -> dict[str, Any]:
     """The gradient tree of one layer called "layer"."""
-    layer = {"kernel": jnp.asarray(canonical(kernel))}
+    layer = {"kernel": jax.device_put(canonical(kernel))}
     if bias is None:
         return {"layer": layer | {"kronecker": {"kernel": probe(a, b, counter)}}}
-    return {"layer": layer | {"bias": jnp.asarray(canonical(bias)), "kronecker": {"kernel,bias": probe(a, b, counter)}}}
+    return {
+        "layer": layer | {"bias": jax.device_put(canonical(bias)), "kronecker": {"kernel,bias": probe(a, b, counter)}}
+    }
 
 
 @dataclass(frozen=True)

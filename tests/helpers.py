@@ -31,8 +31,8 @@ WITHOUT_TAP = ("scale_by_eva_s", "eva_s")  # these read gradients alone
 def random_like(shapes: Any, seed: int = 0) -> Any:
     """Random parameters of given shapes; boxes and dtypes are kept."""
     rng = np.random.default_rng(seed)
-    # Cast by NumPy: JAX would compile that for each shape.
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype)), shapes)
+    # Cast by NumPy and put on the device: jnp.asarray is compiled for each shape.
+    return jax.tree.map(lambda leaf: jax.device_put(rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype)), shapes)
 
 
 def curved(y: jax.Array) -> jax.Array:
