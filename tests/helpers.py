@@ -1,7 +1,8 @@
 """What several test files need: the family, comparisons of trees, and what stands in probes and averages."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import eva_optax
 
@@ -38,6 +40,20 @@ def random_like(shapes: Any, seed: int = 0) -> Any:
 def curved(y: jax.Array) -> jax.Array:
     """A loss with a different cotangent for each output."""
     return jnp.sum(jnp.sin(3 * y + jnp.arange(y.size).reshape(y.shape)))
+
+
+@contextmanager
+def programs_of_a_gpu() -> Iterator[None]:
+    """Takes what is meant for a GPU, such as another order of sums, on every backend."""
+
+    def choose(*arguments: Any, default: Any, **branches: Any) -> Any:
+        return branches.get("cuda", default)(*arguments)
+
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", choose)
+        yield
+    jax.clear_caches()
 
 
 def first_update(tx: Any, grads: Any, params: Any = None) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from eva_optax._curvature.inverses import EXACT
+from eva_optax._probes.fusion import on_gpu
 from eva_optax._probes.sketch_axes import SketchAxes
 
 _COLUMNS = "z"  # as in `SketchAxes`
@@ -35,6 +36,19 @@ class Along:
         """A kernel of the columns, each as often as such rows say."""
         return self._product(self.axes.inputs, self.axes.rows, self.axes.kernel, matrix, rows)
 
+    def from_few_columns(self, matrix: Array, rows: Array) -> Array:
+        """The same of so few that a GPU computes them along with what the kernel is added to.
+
+        A product is a kernel of its own there, whose result is written to memory and read again.
+        """
+
+        def summed(matrix: Array, rows: Array) -> Array:
+            known = self.axes.batch + self.axes.inputs + _COLUMNS
+            matrix = matrix.reshape(*self.axes.sizes(known[:-1]), matrix.shape[-1])
+            return jnp.sum(self._against_kernel(known, matrix) * self._against_kernel(self.axes.rows, rows), 0)
+
+        return on_gpu(summed, self.from_columns, matrix, rows)
+
     def to_bias(self, row: Array, rows: Array, like: Array) -> Array:
         """A bias of the entries of the row (*batch, 1, m), each as often as such rows say."""
         return self._product("", self.axes.rows, self.axes.bias, row, rows).reshape(like.shape)
@@ -55,6 +69,12 @@ class Along:
     def scale(self, numbers: Array) -> Array:
         """Numbers (*batch, 1, 1) laid out against the kernel."""
         return numbers.reshape([self.sizes[c] if c in self.axes.batch else 1 for c in self.axes.kernel])
+
+    def _against_kernel(self, letters: str, array: Array) -> Array:
+        """An array whose axes have these letters laid out against the kernel, the columns first."""
+        wanted = _COLUMNS + self.axes.kernel
+        ordered = jnp.transpose(array, [letters.index(letter) for letter in wanted if letter in letters])
+        return jnp.expand_dims(ordered, [axis for axis, letter in enumerate(wanted) if letter not in letters])
 
     def _flat(self, bias: Array) -> Array:
         sizes = zip(self.axes.kernel, bias.shape, strict=True)

@@ -185,7 +185,7 @@ def multiply(axes: SketchAxes, power: Power, gradient: Gradient) -> Gradient:
     if isinstance(power, Basis):
         rows = along.to_columns(power.kernel, kernel, bias, power.bias)
         scale = along.scale(power.scale)
-        changed = scale * (kernel - along.from_columns(power.kernel, rows))
+        changed = scale * (kernel - along.from_few_columns(power.kernel, rows))
         if bias is None or power.bias is None:
             return Gradient(changed, None)
         return Gradient(changed, scale * (bias - along.to_bias(power.bias, rows, bias)))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import eva_optax
 from tests.dense import LAYOUTS, LayoutCase, dense_case, draw, every_layout, expected, gradients, two_layers
-from tests.helpers import assert_close, assert_probes_are_zero, averages, first_update
+from tests.helpers import assert_close, assert_probes_are_zero, averages, first_update, programs_of_a_gpu
 
 DAMPING = 0.3
 
@@ -50,16 +50,9 @@ def test_update_equals_dense_solve(case: LayoutCase):
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Takes what is meant for a GPU, where sums run in another order, on every backend."""
-
-    def choose(*arguments: Any, default: Any, **branches: Any) -> Any:
-        return branches.get("cuda", default)(*arguments)
-
-    jax.clear_caches()
-    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
-    yield
-    jax.clear_caches()
+def as_on_a_gpu() -> Iterator[None]:
+    with programs_of_a_gpu():
+        yield
 
 
 def test_update_in_the_order_of_a_gpu_equals_dense_solve(as_on_a_gpu: None):

@@ -10,7 +10,7 @@ import pytest
 import eva_optax
 from eva_optax._curvature.curvature import Damping
 from eva_optax._curvature.nystrom import whiten
-from tests.helpers import assert_close, random_like
+from tests.helpers import assert_close, programs_of_a_gpu, random_like
 
 SIZE, DELTA = 9, 0.1
 
@@ -154,6 +154,8 @@ def test_conjugate_whitens_the_inputs_of_every_kind_of_layer():
         return grads, tx.update(grads, tx.init(params), params)[0]
 
     grads, updates = run(params)
+    with programs_of_a_gpu():
+        assert_close(jax.jit(lambda grads: tx.update(grads, tx.init(params), params)[0])(grads), updates, 1e-4)
     vectors, sketches = eva_optax.vectors(grads), eva_optax.sketches(grads)
     for name, sketch in sketches.items():
         bias = "bias" in grads[name]
