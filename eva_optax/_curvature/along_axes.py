@@ -43,9 +43,8 @@ class Along:
         """
 
         def summed(matrix: Array, rows: Array) -> Array:
-            known = self.axes.batch + self.axes.inputs + _COLUMNS
-            matrix = matrix.reshape(*self.axes.sizes(known[:-1]), matrix.shape[-1])
-            return jnp.sum(self._against_kernel(known, matrix) * self._against_kernel(self.axes.rows, rows), 0)
+            columns = self._against_kernel(*self._split(self.axes.inputs, matrix))
+            return jnp.sum(columns * self._against_kernel(self.axes.rows, rows), 0)
 
         return on_gpu(summed, self.from_columns, matrix, rows)
 
@@ -81,11 +80,15 @@ class Along:
         return bias.reshape([size for letter, size in sizes if letter in self.axes.bias])
 
     def _product(self, inputs: str, given: str, wanted: str, matrix: Array, array: Array) -> Array:
-        letters = f"{self.axes.batch}{inputs}{_COLUMNS}"
-        matrix = matrix.reshape(*self.axes.sizes(self.axes.batch + inputs), matrix.shape[-1])
-        matrix = jax.sharding.reshard(matrix, self._place(letters)) if self.names else matrix
+        letters, split = self._split(inputs, matrix)
         equation = f"{letters},{given}->{wanted}"
-        return jnp.einsum(equation, matrix, array, precision=EXACT, out_sharding=self._place(wanted))
+        return jnp.einsum(equation, split, array, precision=EXACT, out_sharding=self._place(wanted))
+
+    def _split(self, inputs: str, matrix: Array) -> tuple[str, Array]:
+        """The matrix with an axis for each of the input axes, and the letters of its axes."""
+        letters = f"{self.axes.batch}{inputs}{_COLUMNS}"
+        split = matrix.reshape(*self.axes.sizes(letters[:-1]), matrix.shape[-1])
+        return letters, jax.sharding.reshard(split, self._place(letters)) if self.names else split
 
     def _place(self, letters: str) -> PartitionSpec | None:
         """Along the kernel's axes as the kernel."""
