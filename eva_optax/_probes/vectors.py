@@ -54,9 +54,7 @@ def read_counters(numbers: Sequence[Array], vectors: Mapping[str, Array], names:
     """
     count, check, *bounds = numbers
     _refuse_foreign(count, check, names)
-    unit, foreign, _ = _units(count, check)
-    used = count != 0
-    safe = jnp.where(used, count, 1)
+    used, safe, unit, foreign, _ = _units(count, check)
     scale = jnp.where(foreign, jnp.nan, 1.0).astype(count.dtype)
     inverse = jnp.where(used, scale / jnp.where(foreign, 1, unit), 0)
     scales = {"a": scale / safe, "b": inverse}
@@ -65,13 +63,14 @@ def read_counters(numbers: Sequence[Array], vectors: Mapping[str, Array], names:
     return Scales(used, scales["a"], scale / safe, scales["b"], inverse)
 
 
-def _units(count: Array, check: Array) -> tuple[Array, Array, Array]:
-    """The units of counters, whether they are no gradients, and the ratios of their two numbers."""
+def _units(count: Array, check: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Which layers were used, counts that may be divided by, units, what is no gradient, and the numbers' ratios."""
     used = count != 0
-    ratio = jnp.where(used, count, 1) / jnp.where(check == 0, 1, check)
+    safe = jnp.where(used, count, 1)
+    ratio = safe / jnp.where(check == 0, 1, check)
     unit = find_unit(ratio)
     # Who applies a learning rate, with its sign, is an optimizer.
-    return unit, used & ((unit == 0) | (count < 0)), ratio
+    return used, safe, unit, used & ((unit == 0) | (count < 0)), ratio
 
 
 _compiled_units = jax.jit(_units)
@@ -80,7 +79,7 @@ _compiled_units = jax.jit(_units)
 def _refuse_foreign(count: Array, check: Array, names: tuple[str, ...]) -> None:
     if isinstance(count, Tracer) or not count.is_fully_addressable:
         return
-    _, foreign, ratio = map(np.asarray, _compiled_units(count, check))
+    *_, foreign, ratio = map(np.asarray, _compiled_units(count, check))
     foreign = foreign & np.isfinite(ratio)
     if not foreign.any():
         return
