@@ -19,3 +19,12 @@ def materialize(arrays: Any) -> Any:
     gradient again for the sums that wait for the vector.
     """
     return jax.lax.optimization_barrier(arrays)
+
+
+def apart_on_gpu(arrays: Any) -> Any:
+    """The factors of a product that is to stay one of its own.
+
+    XLA's GPU backend makes one product of several that have a factor in common, such as the directions of sketches in
+    equal layers: it keeps the other factors until the last one is there, and copies them side by side.
+    """
+    return on_gpu(materialize, lambda arrays: arrays, arrays)

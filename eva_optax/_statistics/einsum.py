@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
 from eva_optax._probes.directions import directions
+from eva_optax._probes.fusion import apart_on_gpu
 from eva_optax._probes.linear_map import Moments
 from eva_optax._probes.probe import accumulator
 from eva_optax._statistics.moments import input_moment, output_moment, some_positions, weights_without_padding
@@ -87,6 +88,7 @@ class Contraction:
         read = "".join(c for c in self.kernel if c in letters)
         new = next(c for c in string.ascii_letters if c not in self.x + self.kernel + self.y)
         exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        x, omega = apart_on_gpu((x, omega))
         projected = exact(f"{letters},{names}{new}->{z}{new}", x, omega)
         # Where shardings are part of the types, the sum over a sharded batch has to be told where it goes.
         where = PartitionSpec() if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types else None

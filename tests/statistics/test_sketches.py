@@ -192,3 +192,16 @@ def test_a_step_may_go_without_a_sketch():
 
     traces = [float(eva_optax.sketches(gradient(params, flag))[""].trace) for flag in (True, False)]
     assert traces == [5, 0]
+
+
+def test_products_with_the_directions_stay_apart_on_a_gpu():
+    """Its compiler would make one product of those of equal layers, and copy all their inputs for it."""
+    model = eva_optax.tap(nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(8)]), rank=4)
+    x = jnp.ones((16, 8))
+    params = model.init(jax.random.key(0), x)["params"]
+    traced = jax.jit(jax.grad(lambda params: model.apply({"params": params}, x).mean())).trace(params)
+    barriers = {
+        name: traced.lower(lowering_platforms=(name,)).as_text().count("optimization_barrier")
+        for name in ("cuda", "cpu")
+    }
+    assert barriers == {"cuda": 2, "cpu": 0}
