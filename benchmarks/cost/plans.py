@@ -32,6 +32,7 @@ PLANS: dict[str, list[Key]] = {
         *plan("v5e:2x2", ("gpt-12-scan", "resnet50", "vit"), DATA, FEW, "no"),
         # The compiler takes longer than ten minutes for the eigenvectors of foof_adamw.
         *plan("v5e:2x2", ("update",), SINGLE, RENEWED[1:2], "no"),
+        *plan("v5e:2x2", ("mlp",), DATA, RENEWED[1:2], "no"),
         *plan("v5e:2x2", ("gpt-1",), ("single", "data"), RENEWED[:4], "no"),
         *plan("v5e:2x2", ("gpt-12", "resnet50"), DATA, RENEWED[:2], "no"),
         *plan("v5e:16x16", ("mlp",), PARALLEL, FEW, "no"),
@@ -43,6 +44,7 @@ PLANS: dict[str, list[Key]] = {
     "h100": [
         *plan("1 GPU", (*UPDATES, "mlp", "bottlenecks"), SINGLE, ALL),
         *plan("1 GPU", (*SCANNED, "vit", "resnet50"), SINGLE, FEW),
+        *plan("1 GPU", ("update",), SINGLE, RENEWED[1:2]),
         *plan("1 GPU", ("mlp", "gpt-12", "resnet50"), SINGLE, RENEWED[:4]),
         *plan("8 GPUs", ("mlp",), PARALLEL, FEW),
         *plan("8 GPUs", ("bottlenecks",), DATA, FEW),

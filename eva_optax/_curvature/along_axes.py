@@ -6,7 +6,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from eva_optax._curvature.inverses import EXACT
-from eva_optax._probes.fusion import on_gpu
+from eva_optax._probes.fusion import as_parameters_lie, on_gpu
 from eva_optax._probes.sketch_axes import SketchAxes
 
 _COLUMNS = "z"  # as in `SketchAxes`
@@ -34,7 +34,7 @@ class Along:
 
     def from_columns(self, matrix: Array, rows: Array) -> Array:
         """A kernel of the columns, each as often as such rows say."""
-        return self._product(self.axes.inputs, self.axes.rows, self.axes.kernel, matrix, rows)
+        return as_parameters_lie(self._product(self.axes.inputs, self.axes.rows, self.axes.kernel, matrix, rows))
 
     def from_few_columns(self, matrix: Array, rows: Array) -> Array:
         """The same of so few that a GPU computes them along with what the kernel is added to.

@@ -1,9 +1,14 @@
-"""Where fusion has to stop, on backends whose compilers do not find out by themselves. Values stay what they are."""
+"""What backends' compilers do not find out by themselves: where fusion has to stop, and how a matrix has to lie.
+
+Values stay what they are.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def on_gpu(function: Callable[..., Any], otherwise: Callable[..., Any], *arguments: Any) -> Any:
@@ -28,3 +33,18 @@ def apart_on_gpu(arrays: Any) -> Any:
     equal layers: it keeps the other factors until the last one is there, and copies them side by side.
     """
     return on_gpu(materialize, lambda arrays: arrays, arrays)
+
+
+def as_parameters_lie(matrix: Array) -> Array:
+    """A matrix that is added to parameters, row by row in a TPU's memory, as they are.
+
+    Its compiler would have the product come out in columns, and transpose parameters and momentum for it, there and
+    back. Arrays of more axes are left to it: it keeps some kernels, such as those of heads, in another order itself.
+    """
+    if matrix.ndim != 2:
+        return matrix
+    return jax.lax.platform_dependent(matrix, tpu=_in_rows, default=lambda matrix: matrix)
+
+
+def _in_rows(matrix: Array) -> Array:
+    return with_layout_constraint(matrix, Layout((0, 1)))

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax import export
 
 import eva_optax
 from tests.helpers import FAMILY, assert_close, assert_identical, first_update
@@ -186,3 +187,23 @@ def test_a_rank_that_is_no_number_of_vectors_is_refused(rank):
         eva_optax.tap(NETWORK, rank=rank)
     with pytest.raises(ValueError, match="sketches: no sketches in the tree"):
         eva_optax.sketches({"kernel": jnp.ones((2, 3))})
+
+
+def test_a_tpu_is_told_that_matrices_lie_as_parameters_do():
+    """Its compiler would transpose parameters and momentum there and back; other backends are left alone."""
+    model = eva_optax.tap(nn.Dense(8), rank=3)
+    params, tx = model.init(jax.random.key(0), X)["params"], eva_optax.eva_adamw(1e-3)
+
+    def step(params):
+        return tx.update(gradient(model, params), tx.init(params), params)[0]
+
+    for function, tree in ((step, params), (jax.vmap(step), jax.tree.map(lambda leaf: leaf[None], params))):
+        traced = jax.jit(function).trace(tree)
+        programs = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cpu", "cuda")}
+        counts = {name: program.count("LayoutConstraint") for name, program in programs.items()}
+        assert counts == {"tpu": 2, "cpu": 0, "cuda": 0}
+    with pytest.raises(ValueError, match="LayoutConstraint"):
+        export.export(jax.jit(step), platforms=["tpu"])(params)
+    allowed = [export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
+    exported = export.export(jax.jit(step), platforms=["cpu", "tpu"], disabled_checks=allowed)(params)
+    assert_close(exported.call(params), jax.jit(step)(params))
