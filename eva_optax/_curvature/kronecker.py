@@ -24,6 +24,7 @@ from eva_optax._curvature.one_factor import (
     Power,
     Side,
     input_side,
+    knows_outputs,
     multiply,
     output_side,
     side_powers,
@@ -76,8 +77,8 @@ class Recipe(NamedTuple):
     """Which inverses are made.
 
     Attributes:
-      power: of the one factor; −1 for two.
-      two_sided: whether there is a factor of the outputs.
+      power: of each factor.
+      two_sided: whether there is a factor of the outputs, where anything is known of it.
       split: how two factors share the damping.
     """
 
@@ -91,7 +92,7 @@ def make_inverses(recipe: Recipe, known: Sequence[Known]) -> list[Inverse]:
     sides = [
         (
             input_side(part.layout, part.has_bias, part.averages),
-            output_side(part.layout, part.averages) if recipe.two_sided else None,
+            output_side(part.layout, part.averages) if recipe.two_sided and knows_outputs(part.averages) else None,
         )
         for part in known
     ]

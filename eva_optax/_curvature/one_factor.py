@@ -119,6 +119,17 @@ def input_names(layer: Layer) -> list[str]:
     return ["a", *(whole or [name for name in SKETCH if name in layer.shapes])]
 
 
+def knows_outputs(averages: Mapping[str, Array]) -> bool:
+    """Whether anything is averaged of the outputs."""
+    return "b" in averages or OUTPUTS in averages
+
+
+def moment_names(layer: Layer) -> list[str]:
+    """The same, and the second moment of its outputs' cotangents where there is one beside that of its inputs."""
+    names = input_names(layer)
+    return [*names, OUTPUTS] if len(names) > 1 and OUTPUTS in layer.shapes else names
+
+
 def output_names(layer: Layer) -> list[str]:
     """The statistics of its outputs that are averaged."""
     return [OUTPUTS if OUTPUTS in layer.shapes else "b"]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from eva_optax._curvature.curvature import Averages, Damping, Gradient, Solution, Sums, Tapped, cosine, safe_divide
-from eva_optax._curvature.one_factor import input_names
+from eva_optax._curvature.one_factor import moment_names
 from eva_optax._curvature.sums import paired_sums, stack_biases, write_columns
 from eva_optax._probes.fusion import materialize
 from eva_optax._probes.layers import Layer
@@ -23,7 +23,7 @@ from eva_optax._probes.probe import Shape
 
 @dataclass(frozen=True)
 class OneSided(Tapped):
-    """The mean input of each layer; `whitening` chooses R instead of the inverse, `moments` averages those too."""
+    """The mean input of each layer; `whitening` chooses R instead of the inverse, `moments` averages those as well."""
 
     whitening: bool = False
     statistics: tuple[str, ...] = ("a",)
@@ -31,7 +31,7 @@ class OneSided(Tapped):
 
     def averages(self, layer: Layer) -> dict[str, Shape]:
         """The mean input, and what is collected of the second moment where it is looked at."""
-        names = input_names(layer) if self.moments else self.statistics
+        names = moment_names(layer) if self.moments else self.statistics
         return {name: layer.shapes[name] for name in names}
 
     def read(self, layout: Layout, gradients: Sequence[Gradient], averages: Averages) -> tuple[Sums, Array]:

@@ -51,7 +51,8 @@ def tap(
         inverse of so many, see `sketches`; 0 for the trace alone, which tells them how to damp their one direction. A
         layer of fewer inputs collects its full moment.
       factors: also collect the second moment of each layer's inputs ("input"), for `scale_by_foof` and for `conjugate`
-        and its kin, or that of the cotangents of its outputs too ("both"), for `scale_by_kfac`; see `factors`.
+        and its kin, or that of the cotangents of its outputs too ("both"), for `scale_by_kfac` and the same; see
+        `factors`.
       max_dim: a side of more inputs, or outputs, than this keeps its vector instead of a matrix.
       sharing: what the rows of matrices are where a kernel is used at several positions: "expand", each position is
         one; "reduce", the mean of a sample's inputs, and the sum of its cotangents, are one. Samples are the first

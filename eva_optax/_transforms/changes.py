@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from eva_optax._curvature.curvature import Damping, Gradient
 from eva_optax._curvature.kronecker import Inverse, Recipe, precondition
 from eva_optax._curvature.nystrom import Basis
-from eva_optax._curvature.one_factor import input_names, traces
+from eva_optax._curvature.one_factor import moment_names, traces
 from eva_optax._curvature.one_sided import OneSided
 from eva_optax._curvature.sums import column_products, stack_biases
 from eva_optax._probes.layers import Layer, Tree
@@ -24,11 +24,13 @@ from eva_optax._transforms.driver import Part, Step, total_like
 from eva_optax._transforms.renewal import Source, renew_inverses, start_inverses
 from eva_optax._transforms.state import CenterState, ConjugateState
 
-_ROOT = Recipe(power=-0.5)
+_ROOT = Recipe(power=-0.5, two_sided=True)
 
 
 class Whitened(NamedTuple):
     """Coordinates in which the mean input direction, or what is known beyond it, is whitened: R, there and back.
+
+    With the second moment of the outputs' cotangents they are whitened on that side, too.
 
     Attributes:
       damping: of the one direction, and of second moments.
@@ -45,7 +47,7 @@ class Whitened(NamedTuple):
         """What the state holds beside averages."""
         layers = list(filter(has_moment, tree.layers))
         # `optax.tree.map_params` gives no parameters: one leaf then stands for what has not the form of parameters.
-        bases = start_inverses(_ROOT, tree, layers, input_names) if tree.leaves else jnp.zeros(())
+        bases = start_inverses(_ROOT, tree, layers, moment_names) if tree.leaves else jnp.zeros(())
         return jnp.zeros((), jnp.int32), bases
 
     def renew(

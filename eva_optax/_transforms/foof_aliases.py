@@ -40,7 +40,8 @@ def foof_adamw(
       R = \Bigl(\frac{\bar A + \mathrm{damping}\, I}{1 + \mathrm{damping}}\Bigr)^{-1/2}
 
     with Ā the second moment of the inputs of `scale_by_foof`. FOOF before Adam would be undone by it: Adam divides each
-    entry by its size. This is `eva_adamw` for a model tapped with ``tap(model, factors="input")``.
+    entry by its size. This is `eva_adamw` for a model tapped with ``tap(model, factors="input")``; one
+    tapped with "both" is whitened on the side of its outputs, too.
 
     Args:
       learning_rate: η, a number or a schedule.

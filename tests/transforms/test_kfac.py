@@ -398,3 +398,61 @@ def test_what_does_not_fit_the_tap_is_refused():
             eva_optax.scale_by_kfac().init(params)
     with pytest.raises(ValueError, match=r"split must be one of \('pi', 'eigen'\), got 'exact'"):
         eva_optax.scale_by_kfac(split="exact")  # pyright: ignore[reportArgumentType]
+
+
+class Kinds(nn.Module):
+    """Layers with windows, groups, several output axes and batch axes, in float64."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kept: Any = {"param_dtype": float}
+        x = jnp.tanh(nn.Conv(4, (2, 2), name="window", **kept)(x))
+        x = jnp.tanh(nn.Conv(4, (2, 1), feature_group_count=2, use_bias=False, name="groups", **kept)(x))
+        x = jnp.tanh(nn.DenseGeneral((2, 3), name="heads", **kept)(x))
+        return nn.vmap(nn.Dense, {"params": 0}, {"params": True}, -2, -2)(2, name="many", **kept)(x)
+
+
+def gradients_of_kinds(count: int) -> list[Any]:
+    x = np.random.default_rng(0).normal(0.5, 1, (6, 4, 4, 2))
+    model = eva_optax.tap(Kinds(), factors="both")
+
+    @jax.jit
+    def gradient_at(key: jax.Array) -> Any:
+        params = model.init(key, x)["params"]
+        return jax.grad(lambda params: jnp.sin(model.apply({"params": params}, x)).sum((1, 2, 3, 4)).mean())(params)
+
+    return [gradient_at(jax.random.key(seed)) for seed in range(count)]
+
+
+def test_conjugate_around_nothing_is_kfac_where_both_moments_are_known(x64):
+    """Both sides twice to the power −1/2; averages, renewal and damping are the same."""
+    damping, every, grads = 0.2, 3, gradients_of_kinds(7)
+    both = (
+        eva_optax.scale_by_kfac(damping, every=every, step_rule="none"),
+        eva_optax.conjugate(optax.identity(), damping, every=every),
+    )
+    states = [tx.init(grads[0]) for tx in both]
+    updates = [jax.jit(tx.update) for tx in both]
+    for each in grads:
+        (want, one), (got, other) = (update(each, state) for update, state in zip(updates, states, strict=True))
+        states = [one, other]
+        assert_equal(eva_optax.strip(got), eva_optax.strip(want), 1e-9)
+
+
+def test_conjugate_gives_its_inner_transformation_gradients_that_are_whitened_on_both_sides(x64):
+    (grads,), damping = gradients_of_kinds(1), 0.2
+    signs = optax.stateless(lambda updates, _: jax.tree.map(jnp.sign, updates))
+    tx = eva_optax.conjugate(signs, damping)
+    got = jax.jit(lambda grads: tx.update(grads, tx.init(grads))[0])(grads)
+    factors, mean = eva_optax.factors(grads)["heads"], np.ravel(eva_optax.vectors(grads)["heads"].a)
+
+    def root(moment: np.ndarray) -> np.ndarray:
+        values, vectors = np.linalg.eigh(moment * len(moment) / np.trace(moment))
+        return vectors * ((values + damping) / (1 + damping)) ** -0.5 @ vectors.T
+
+    def matrix(layer: Any) -> np.ndarray:
+        return np.concatenate([np.reshape(layer["kernel"], (len(mean), -1)), np.reshape(layer["bias"], (1, -1))])
+
+    r = root(np.block([[np.asarray(factors.A), mean[:, None]], [mean, 1]]))
+    s = root(np.asarray(factors.B).reshape(6, 6))
+    assert_equal(matrix(got["heads"]), r @ np.sign(r @ matrix(grads["heads"]) @ s) @ s, 1e-9)
