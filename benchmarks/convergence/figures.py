@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -28,7 +28,7 @@ PANELS = {  # by the name of its file: the figure of a summary, and what it is o
     "training": ("lower_train", "Final training loss"),
     "validation": ("lower_validation", "Final validation loss"),
 }
-RANKS = {"1": "eva_adamw", "4": "eva_adamw@4", "16": "eva_adamw@16"}
+RANKS = {"1": "eva_adamw", "4": "eva_adamw@4", "16": "eva_adamw@16", "64": "eva_adamw@64", "all": "foof_adamw"}
 Found = Mapping[tuple[str, str], Any]  # summaries by task and optimizer
 
 
@@ -78,15 +78,19 @@ def ranks(found: Found, tasks: list[str]) -> Figure:
     """How many fewer steps a sketch needs by its rank, and what its steps cost for that."""
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
+    colors = colormaps["tab20"](range(20))
+    for axes in (left, right):
+        axes.set_prop_cycle(color=[*colors[::2], *colors[1::2]])
     for task in tasks:
         here = {rank: found[task, name] for rank, name in RANKS.items() if (task, name) in found}
         fewer = [summary.fewer_steps for summary in here.values()]
-        left.plot(list(here), fewer, marker="o")
+        left.plot([list(RANKS).index(rank) for rank in here], fewer, marker="o")
         right.plot([summary.dearer for summary in here.values()], fewer, marker="o", label=task)
-    limit = right.get_xlim()[1]
-    right.plot([1, limit], [1, limit], color="grey", linestyle=":")
+    first, limit = right.get_xlim()
+    right.plot([first, limit], [first, limit], color="grey", linestyle=":")
     right.annotate("as many seconds as AdamW", (limit, 1), color="grey", ha="right")
-    left.set(xlabel="rank", ylabel="AdamW's steps ÷ eva_adamw's", ylim=(0, None))
-    right.set(xlabel="time of a step, ÷ AdamW's", xlim=(1, limit))
-    right.legend(frameon=False, loc="upper left")
+    left.set(xlabel="rank", ylabel="AdamW's steps ÷ eva_adamw's, 0: not reached", ylim=(0, None))
+    left.set_xticks(range(len(RANKS)), RANKS)
+    right.set(xlabel="time of a step, ÷ AdamW's", xlim=(first, limit))
+    right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

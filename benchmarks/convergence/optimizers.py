@@ -52,7 +52,7 @@ BASELINES: dict[str, Build] = {
 }
 eva_adamw = partial(eva_optax.eva_adamw, b2=0.95, weight_decay=0.0)
 eva_muon = partial(eva_optax.eva_muon, adam_b2=0.95, **MUON)
-SKETCHED = {rank: partial(eva_optax.tap, rank=rank) for rank in (0, 4, 16)}
+SKETCHED = {rank: partial(eva_optax.tap, rank=rank) for rank in (0, 4, 16, 64)}
 
 
 def before_sgd(rate: optax.Schedule, *first: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -106,6 +106,7 @@ def _matrices() -> Iterator[Optimizer]:
         )
     adamw = partial(eva_optax.foof_adamw, b2=0.95, weight_decay=0.0)
     muon = partial(eva_optax.foof_muon, adam_b2=0.95, **MUON)
+    yield Optimizer("eva_adamw@both", "adamw", eva_adamw, tapped("both"))
     yield Optimizer("foof", "sgd", eva_optax.foof, tapped("input"))
     yield Optimizer("foof_adamw", "adamw", adamw, tapped("input"))
     yield Optimizer("foof_muon", "muon", muon, tapped("input"))

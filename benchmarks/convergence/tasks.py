@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
@@ -124,6 +125,30 @@ class Perceptron(nn.Module):
         return nn.Dense(1)(x)[..., 0]
 
 
+class Poisson(nn.Module):
+    """Points of the unit square to −Δu there: u is a perceptron of them, times what makes it 0 on the boundary."""
+
+    widths: tuple[int, ...] = (32, 32, 32)
+
+    @nn.compact
+    def __call__(self, points: Array) -> Array:
+        network, jvp = Perceptron(self.widths), cast(Any, nn.jvp)  # whose annotations do not say what it returns
+
+        def u(network: Perceptron, x: Array) -> Array:
+            return jnp.prod(x * (1 - x), -1) * network(x)
+
+        def second(along: Array) -> Array:
+            def first(network: Perceptron, x: Array) -> Array:
+                return jvp(u, network, (x,), (along,), {})[1]
+
+            return jvp(first, network, (points,), (along,), {})[1]
+
+        if self.is_initializing():  # no parameters can be made under a derivative
+            network(points)
+        axes = jnp.eye(points.shape[-1])
+        return -jnp.sum(jnp.stack([second(jnp.broadcast_to(axis, points.shape)) for axis in axes]), 0)
+
+
 def mean_squared_error(outputs: Array, targets: Array) -> Array:
     return optax.squared_error(outputs, targets).mean()
 
@@ -177,6 +202,14 @@ def diabetes() -> Data:
     return Data(Examples(x, y), Examples(x_validation, y_validation))
 
 
+@cache
+def square() -> Data:
+    """Points of the unit square, and the f of −Δu = f whose solution is u = sin(πx) sin(πy)."""
+    points = np.random.default_rng(0).uniform(size=(5120, 2)).astype(np.float32)
+    forces = (2 * np.pi**2 * np.sin(np.pi * points).prod(-1)).astype(np.float32)
+    return Data(Examples(points[:4096], forces[:4096]), Examples(points[4096:], forces[4096:]))
+
+
 AUTOENCODER, RECTIFIED = digits.Autoencoder(), digits.Autoencoder(activation=nn.relu)
 PLAIN, NORMALIZED, LANGUAGE = ConvolutionalNetwork(), ConvolutionalNetwork(normalize=True), characters.LanguageModel()
 RESIDUAL, CHARACTERS, PAIRS = ResNet(20, (1, 1, 1), 8, small_images=True), characters.cross_entropy, pair_cross_entropy
@@ -185,6 +218,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("diabetes", Perceptron(), mean_squared_error, diabetes, 400, 64, (0.1, 0.03, 0.03)),
+        Task("poisson", Poisson(), mean_squared_error, square, 1000, 256, (1e-4, 0.01, 0.03)),
         Task("autoencoder", AUTOENCODER, mean_squared_error, images, 400, 256, (1, 0.01, 0.03)),
         Task("autoencoder_relu", RECTIFIED, mean_squared_error, images, 400, 256, (1, 0.01, 0.03)),
         Task("autoencoder_sum", AUTOENCODER, summed_squared_error, images, 400, 256, (0.02, 0.01, 0.03)),

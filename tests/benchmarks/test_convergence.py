@@ -108,6 +108,23 @@ def test_figures_are_against_the_baseline_on_the_same_seed(tmp_path):
         assert (tmp_path / f"convergence_{name}.png").stat().st_size > 10_000
 
 
+def test_the_poisson_task_has_the_laplacian_of_its_network():
+    model, data = TASKS["poisson"].model, TASKS["poisson"].load().train
+    points = data.inputs[:5]
+    params = model.init(jax.random.key(0), points)["params"]
+
+    def u(x):
+        return np.prod(x * (1 - x)) * Perceptron(model.widths).apply({"params": params["Perceptron_0"]}, x)
+
+    wanted = [-jax.hessian(u)(x).trace() for x in jax.numpy.asarray(points)]
+    np.testing.assert_allclose(model.apply({"params": params}, points), wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        data.targets[:5],
+        [-jax.hessian(lambda x: jax.numpy.sin(np.pi * x).prod())(x).trace() for x in points],
+        rtol=1e-4,
+    )
+
+
 @pytest.mark.parametrize("name", ["cnn", "lm_200", "resnet", "mixer", "decoder_1000"])
 def test_the_baseline_muon_orthogonalises_every_kernel(name):
     task = TASKS[name]
