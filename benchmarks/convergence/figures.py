@@ -53,14 +53,14 @@ def ratios(found: Found, figure_of: str, title: str) -> Figure:
     for row, name in enumerate(names):
         for column, task in enumerate(tasks):
             value, text = known.get((task, name)), ""
-            if (task, name) not in found:
+            if value is None or math.isnan(value):
                 axes.add_patch(
                     Rectangle((column - 0.5, row - 0.5), 1, 1, fc="white", ec="lightgrey", hatch="////", lw=0)
                 )
             elif not math.isfinite(statistics.median(found[task, name].train)):
                 text = "×"
             else:
-                text = f"{value:.2f}".replace("inf", "∞").replace("nan", "") if value else "–"
+                text = f"{value:.2f}".replace("inf", "∞") if value else "–"
             strong = value and math.isfinite(value) and not 1 / 2.2 < value < 2.2
             axes.text(column, row, text, color="white" if strong else "black", ha="center", va="center")
     bases = [OPTIMIZERS[name].baseline for name in names]
