@@ -12,7 +12,7 @@ FIRST_GRID = -3, 3  # numbers of its rates, counted from the centre of the task
 PER_DECADE = 3
 EXTENSIONS = 8  # at most; a best rate that is on an edge even then is reported as it is
 TUNING_SEED, TEST_SEEDS = 0, (1, 2, 3)
-MORE_SEEDS = dict.fromkeys(("adamw", "eva_adamw@16", "muon", "eva_muon@16"), (4, 5))
+MORE_SEEDS, OFTEN = (4, 5), ("adamw", "eva_adamw@16", "muon", "eva_muon@16")  # those that run on more seeds
 
 
 def grid_rate(center: float, index: int) -> float:
@@ -48,7 +48,7 @@ def measure(records: Records, task: Task, optimizer: Optimizer, steps: int, exte
     center = dict(zip(BASELINES, task.rates, strict=True))[optimizer.baseline]
     tried = records.tuned(task.name, optimizer.name)
     rate = tune(tried, center, lambda rate: run("tune", rate, TUNING_SEED).final, extensions)
-    for seed in (*TEST_SEEDS, *MORE_SEEDS.get(optimizer.name, ())):
+    for seed in TEST_SEEDS + (MORE_SEEDS if optimizer.name in OFTEN else ()):
         run("test", rate, seed)
 
 

@@ -57,6 +57,10 @@ TPU_BARS = (
     Bar("GPT block, tensor parallel: payload", PAYLOAD, 1.015, "gpt-1", "tensor"),
     Bar("ResNet bottlenecks, data parallel: payload", PAYLOAD, 1.05, "bottlenecks", "data"),
     Bar("ResNet-50, data parallel: payload", PAYLOAD, 1.05, "resnet50", "data"),
+    # 1.08 times AdamW's.
+    Bar("GPT block, data parallel, rank 16: HBM", HBM, 1.225, "gpt-1", "data", optimizer="eva_adamw@16"),
+    Bar("the same: payload", PAYLOAD, 1.02, "gpt-1", "data", optimizer="eva_adamw@16"),
+    Bar("GPT-12, data parallel, rank 16: HBM", HBM, 1.164, "gpt-12", "data", optimizer="eva_adamw@16", possible=False),
     # AdamW's ratio less the one of Eva is to be 0.15 at least.
     Bar("MLP, data parallel, prefetching: bytes less AdamW's", ACCESSED, -0.15, "mlp", "data", "yes", "adamw"),
     Bar("MLP, data parallel: bytes less AdamW's", ACCESSED, -0.15, "mlp", "data", "no", "adamw", False),
