@@ -46,7 +46,7 @@ def conjugate(
     A rank of 0 has the mean input and the mean square alone: R is of the first form, with the damping that they tell.
     With `tap(model, factors="input")` all of A is there, and R is f(A); `scale_by_foof` has the same to the power −1.
     With `tap(model, factors="both")` the outputs are whitened, too: the update is R inner(R G S) S with S = f(B) and B
-    the second moment of the outputs' cotangents, as in `scale_by_kfac`.
+    the second moment of the outputs' cotangents, as in `scale_by_kfac`; both share absolute damping as there.
 
     This is `inner` after the change of variables W = R V, and so it is right for transformations that are not linear in
     the gradient: Adam, Muon, Lion. Around SGD it is the one-sided preconditioner R².

@@ -66,6 +66,10 @@ def test_what_is_on_record_is_not_repeated(tmp_path, monkeypatch):
     assert len(calls) == 10
     assert calls[-1] == (0.1, 3)
 
+    calls.clear()
+    tuning.measure(Records(tmp_path), TINY, OPTIMIZERS["adamw"], 4, 8)
+    assert [seed for _, seed in calls if seed] == [1, 2, 3, 4, 5]
+
 
 def test_the_schedule_warms_up_and_ends_at_zero():
     rates = [float(training.schedule(np.float32(2.0), np.float32(100.0))(count)) for count in range(101)]

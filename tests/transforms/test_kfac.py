@@ -424,12 +424,15 @@ def gradients_of_kinds(count: int) -> list[Any]:
     return [gradient_at(jax.random.key(seed)) for seed in range(count)]
 
 
-def test_conjugate_around_nothing_is_kfac_where_both_moments_are_known(x64):
+@pytest.mark.parametrize(("relative", "scale"), [(True, 1.0), (False, 0.2)])
+def test_conjugate_around_nothing_is_kfac_where_both_moments_are_known(x64, relative, scale):
     """Both sides twice to the power −1/2; averages, renewal and damping are the same."""
     damping, every, grads = 0.2, 3, gradients_of_kinds(7)
     both = (
-        eva_optax.scale_by_kfac(damping, every=every, step_rule="none"),
-        eva_optax.conjugate(optax.identity(), damping, every=every),
+        optax.chain(
+            eva_optax.scale_by_kfac(damping, relative=relative, every=every, step_rule="none"), optax.scale(scale)
+        ),
+        eva_optax.conjugate(optax.identity(), damping, relative=relative, every=every),
     )
     states = [tx.init(grads[0]) for tx in both]
     updates = [jax.jit(tx.update) for tx in both]

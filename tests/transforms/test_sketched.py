@@ -202,6 +202,10 @@ def test_a_tpu_is_told_that_matrices_lie_as_parameters_do():
         programs = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cpu", "cuda")}
         counts = {name: program.count("LayoutConstraint") for name, program in programs.items()}
         assert counts == {"tpu": 2, "cpu": 0, "cuda": 0}
+    heads = eva_optax.tap(nn.DenseGeneral((2, 3)), rank=3)  # whose order in memory is the compiler's own
+    alone = heads.init(jax.random.key(0), X)["params"]
+    lowered = jax.jit(lambda params: tx.update(gradient(heads, params), tx.init(params), params)[0]).trace(alone)
+    assert "LayoutConstraint" not in lowered.lower(lowering_platforms=("tpu",)).as_text()
     with pytest.raises(ValueError, match="LayoutConstraint"):
         export.export(jax.jit(step), platforms=["tpu"])(params)
     allowed = [export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
